@@ -1,0 +1,1 @@
+"""Composable compression callbacks for PyTorch Lightning."""

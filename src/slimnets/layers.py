@@ -1,0 +1,138 @@
+"""Which layers a method may touch: chosen by glob, type or predicate, replaced by name."""
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import TypeAlias, TypeVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+T = TypeVar("T")
+
+Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+"""A glob over names, a layer type, or a predicate of (name, layer)."""
+
+Selectors: TypeAlias = Selector | Iterable[Selector]
+
+
+def compressed_network(module: nn.Module) -> nn.Module:
+    """The network that compression acts on: the one ``module`` declares, or ``module`` itself.
+
+    A wrapper such as :class:`slimnets.DistillationModule` declares it in an attribute
+    ``compressed_network``; a network wrapped by :func:`torch.compile` is unwrapped.
+
+    Examples:
+        >>> net = nn.Linear(2, 2)
+        >>> compressed_network(net) is net
+        True
+    """
+    inner = getattr(module, "compressed_network", module)
+    inner = getattr(inner, "_orig_mod", inner)
+    return inner if inner is module else compressed_network(inner)
+
+
+def as_selectors(selectors: Selectors, argument: str) -> tuple[Selector, ...]:
+    """``selectors`` as a tuple, each one checked.
+
+    Raises:
+        TypeError: If one is neither a glob, nor a layer type, nor a predicate.
+    """
+    single = isinstance(selectors, str | type) or callable(selectors)
+    found: tuple[Selector, ...] = (selectors,) if single else tuple(selectors)  # type: ignore[arg-type, assignment]
+    for one in found:
+        is_layer_type = isinstance(one, type) and issubclass(one, nn.Module)
+        if not (
+            isinstance(one, str) or is_layer_type or (callable(one) and not isinstance(one, type))
+        ):
+            raise TypeError(
+                f"{argument}={one!r}: expected a glob over layer names such as 'classifier.*', "
+                "a layer type such as nn.Linear, or a predicate of (name, layer)"
+            )
+    return found
+
+
+def matches(name: str, layer: nn.Module, selector: Selector) -> bool:
+    """Whether ``selector`` chooses ``layer``, called ``name`` in its network."""
+    if isinstance(selector, str):
+        return fnmatchcase(name, selector)
+    if isinstance(selector, type):
+        return isinstance(layer, selector)
+    return selector(name, layer)
+
+
+def without(
+    layers: Mapping[str, nn.Module], exclude: Iterable[Selector], argument: str = "exclude"
+) -> dict[str, nn.Module]:
+    """``layers`` without those that one of ``exclude`` chooses.
+
+    Raises:
+        ValueError: If one of ``exclude`` chooses nothing.
+    """
+    kept = dict(layers)
+    for selector in exclude:
+        chosen = [name for name, layer in layers.items() if matches(name, layer, selector)]
+        if not chosen:
+            raise ValueError(_chose_nothing(argument, selector, layers))
+        for name in chosen:
+            kept.pop(name, None)
+    return kept
+
+
+def assign(values: Mapping[str, T], layers: Mapping[str, nn.Module], argument: str) -> dict[str, T]:
+    """Give each layer the value of the first glob that matches its name; others are left out.
+
+    Args:
+        values: Glob over layer names to value, first match wins.
+        layers: Layer name to layer.
+        argument: What to call ``values`` in an error.
+
+    Raises:
+        ValueError: If a glob matches none of ``layers``.
+
+    Examples:
+        >>> layers = {"features.0": nn.Linear(2, 2), "head": nn.Linear(2, 2)}
+        >>> assign({"head": 0.5, "*": 0.9}, layers, "sparsity")
+        {'features.0': 0.9, 'head': 0.5}
+    """
+    for glob in values:
+        if not any(fnmatchcase(name, glob) for name in layers):
+            raise ValueError(_chose_nothing(argument, glob, layers))
+    found: dict[str, T] = {}
+    for name in layers:
+        for glob, value in values.items():
+            if fnmatchcase(name, glob):
+                found[name] = value
+                break
+    return found
+
+
+def is_parametrized(layer: nn.Module, tensor: str = "weight") -> bool:
+    """Whether ``layer`` computes ``tensor`` from other parameters (weight norm, for example)."""
+    return parametrize.is_parametrized(layer, tensor) or (
+        tensor not in layer._parameters and hasattr(layer, tensor)
+    )
+
+
+def names_of(network: nn.Module, layer: nn.Module) -> list[str]:
+    """Every name under which ``layer`` stands in ``network``; a shared layer has several."""
+    return [name for name, other in network.named_modules(remove_duplicate=False) if other is layer]
+
+
+def replace(network: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put ``new`` in the place of the layer ``name``, everywhere that layer stands.
+
+    Returns:
+        The network; ``new`` itself if ``name`` is ``""``, the root.
+    """
+    if not name:
+        return new
+    for place in names_of(network, network.get_submodule(name)):
+        parent, _, child = place.rpartition(".")
+        network.get_submodule(parent)._modules[child] = new
+    return network
+
+
+def _chose_nothing(argument: str, selector: Selector, layers: Iterable[str]) -> str:
+    what = getattr(selector, "__name__", None) or repr(selector)
+    available = ", ".join(repr(name) for name in layers) or "none"
+    return f"{argument}: {what} matches no layer; the layers are: {available}"

@@ -1,0 +1,110 @@
+"""What the callbacks ask of Lightning's Trainer."""
+
+import math
+from collections.abc import Iterator
+
+import lightning as L
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from slimnets.layers import compressed_network
+
+
+def refuse_sharding(trainer: L.Trainer, callback: L.Callback) -> None:
+    """Raise where a strategy shards the weights, so that no rank sees a whole layer.
+
+    Raises:
+        NotImplementedError: Under FSDP, FSDP2 (``ModelParallelStrategy``) and DeepSpeed.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise NotImplementedError(
+            f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which "
+            "shards the weights; use strategy='ddp' or a single device"
+        )
+
+
+def averaging_callbacks(
+    trainer: L.Trainer,
+) -> list[WeightAveraging | StochasticWeightAveraging]:
+    """The callbacks on ``trainer`` that keep an averaged copy of the network."""
+    kinds = (WeightAveraging, StochasticWeightAveraging)
+    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]  # type: ignore[attr-defined]
+
+
+def averaged_networks(trainer: L.Trainer) -> Iterator[nn.Module]:
+    """The averaged copies of the compressed network that callbacks on ``trainer`` keep."""
+    for callback in averaging_callbacks(trainer):
+        average = callback._average_model  # neither callback has a public name for it
+        if average is None:
+            continue
+        yield compressed_network(getattr(average, "module", average))
+
+
+def copy_averages_anew(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Let every averaging callback copy ``pl_module`` again, after its layers have changed.
+
+    They copy it in their own ``setup``, which may have run before ours.
+    """
+    for callback in averaging_callbacks(trainer):
+        if callback._average_model is not None:
+            callback.setup(trainer, pl_module, "fit")
+
+
+def remaining_steps(trainer: L.Trainer, max_epochs: int | None) -> float:
+    """Optimizer steps from here to the end of the run, under automatic optimization.
+
+    Lightning's ``estimated_stepping_batches`` is wrong under a ``GradientAccumulationScheduler``,
+    under ``StochasticWeightAveraging`` and for loaders without length. Ask in ``on_train_start`` or
+    later, when the training data is set up.
+
+    Args:
+        trainer: The trainer, in its fit loop.
+        max_epochs: ``trainer.max_epochs`` as it was in ``setup``:
+            ``StochasticWeightAveraging`` raises it later, for an epoch without steps.
+
+    Returns:
+        The number of steps; ``math.inf`` where it is not limited or not known.
+    """
+    total: float = math.inf
+    batches = trainer.num_training_batches
+    if max_epochs is not None and max_epochs != -1 and not math.isinf(batches):
+        total = sum(
+            math.ceil(batches / accumulation(trainer, epoch))
+            for epoch in range(trainer.current_epoch, max_epochs)
+        )
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if trainer.fit_loop.restarted_mid_epoch:
+            total -= progress.current.completed // accumulation(trainer, trainer.current_epoch)
+    if trainer.max_steps != -1:
+        total = min(total, trainer.max_steps - trainer.global_step)
+    return total
+
+
+def accumulation(trainer: L.Trainer, epoch: int) -> int:
+    """How many batches one optimizer step takes in ``epoch``."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
+
+
+def has_time_limit(trainer: L.Trainer) -> bool:
+    """Whether the run may be ended by the clock, before its last step."""
+    return any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def writes_summary(trainer: L.Trainer, callback: L.Callback) -> bool:
+    """Whether ``callback`` is the first on ``trainer`` that compresses.
+
+    What is to be written once for all of them, that one writes.
+
+    A callback that compresses says so in an attribute ``compresses = True``.
+    """
+    compressing = [c for c in trainer.callbacks if getattr(c, "compresses", False)]  # type: ignore[attr-defined]
+    return bool(compressing) and compressing[0] is callback
