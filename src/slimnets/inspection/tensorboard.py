@@ -1,0 +1,107 @@
+"""What only TensorBoard can show: pictures of masks, histograms of weights, the summary as text.
+
+Every function skips the loggers that are not TensorBoard's, writes on rank zero only, and turns
+an error into a warning: a picture is no reason to lose a training run.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce, wraps
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+P = ParamSpec("P")
+
+PIXELS = 512  # the longer side of a picture; TensorBoard shows no more in a column
+
+
+def _never_fails(
+    write: Callable[Concatenate[L.Trainer, P], None],
+) -> Callable[Concatenate[L.Trainer, P], None]:
+    @wraps(write)
+    def guarded(trainer: L.Trainer, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if not trainer.is_global_zero or not trainer.loggers:
+            return
+        try:
+            write(trainer, *args, **kwargs)
+        except Exception as error:
+            rank_zero_warn(f"{write.__name__} wrote nothing: {type(error).__name__}: {error}")
+
+    return guarded
+
+
+@_never_fails
+def log_masks(trainer: L.Trainer, network: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Draw each mask as an image ``mask/NAME``, one row of pixels per output channel.
+
+    Args:
+        trainer: The trainer whose TensorBoard loggers are written to.
+        network: The compressed network.
+        masks: Parameter name to bool tensor in the parameter's shape, True where a weight is kept.
+    """
+    for writer in _writers(trainer):
+        for name, mask in masks.items():
+            writer.add_image(f"mask/{name}", mask_image(mask), trainer.global_step)
+
+
+@_never_fails
+def log_weights(trainer: L.Trainer, network: nn.Module, names: Iterable[str]) -> None:
+    """Draw a histogram ``weights/NAME`` of the non-zero weights of each name.
+
+    Args:
+        trainer: The trainer whose TensorBoard loggers are written to.
+        network: The compressed network.
+        names: Names of parameters in it, or of layers with a ``weight``.
+    """
+    names = list(names)
+    for writer in _writers(trainer):
+        for name in names:
+            weights = _tensor(network, name).detach().float()
+            surviving = weights[weights.isfinite() & (weights != 0)]
+            if surviving.numel():
+                writer.add_histogram(f"weights/{name}", surviving, trainer.global_step)
+
+
+@_never_fails
+def log_summary(trainer: L.Trainer, network: nn.Module) -> None:
+    """Write the summary of ``network`` as a table under Text, and its totals to every logger."""
+
+
+def mask_image(mask: Tensor) -> Tensor:
+    """A mask as a grey picture: kept weights are dark, pruned ones white.
+
+    A kernel (out, in, ...) is flattened to (out, in·k·k). A picture with more weights than pixels
+    shows in each pixel the share of weights that is kept; a small one is enlarged.
+
+    Args:
+        mask: Bool tensor, True where a weight is kept.
+
+    Returns:
+        (1, height, width) uint8, neither side over 512 pixels.
+    """
+    rows = len(mask) if mask.dim() > 1 else 1
+    kept = mask.detach().reshape(1, 1, rows, -1).float()
+    height, width = kept.shape[2:]
+    shrunk = (min(height, PIXELS), min(width, PIXELS))
+    kept = F.adaptive_avg_pool2d(kept, shrunk)
+    enlarged = max(1, PIXELS // max(shrunk))
+    kept = kept.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
+    # the root spreads the low densities of a heavily pruned layer over the visible greys
+    return (255 * (1 - kept[0].sqrt())).round().to(torch.uint8).cpu()
+
+
+def _writers(trainer: L.Trainer) -> "list[SummaryWriter]":
+    return [one.experiment for one in trainer.loggers if isinstance(one, TensorBoardLogger)]
+
+
+def _tensor(network: nn.Module, name: str) -> Tensor:
+    found = reduce(getattr, name.split("."), network)
+    return cast(Tensor, found.weight if isinstance(found, nn.Module) else found)
