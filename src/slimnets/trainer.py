@@ -99,6 +99,11 @@ def has_time_limit(trainer: L.Trainer) -> bool:
     return any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
+def is_fast_dev_run(trainer: L.Trainer) -> bool:
+    """Whether the run is a smoke test of a few batches."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
 def writes_summary(trainer: L.Trainer, callback: L.Callback) -> bool:
     """Whether ``callback`` is the first on ``trainer`` that compresses.
 

@@ -1,0 +1,322 @@
+"""Gradual pruning on a Lightning Trainer."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from slimnets.inspection.tensorboard import log_masks, log_summary, log_weights
+from slimnets.layers import Selectors, as_selectors, compressed_network
+from slimnets.pruning.criteria import magnitude
+from slimnets.pruning.pruner import Pruner
+from slimnets.pruning.schedules import check_schedule, cubic
+from slimnets.pruning.span import Span, Steps, check_span, resolve_span
+from slimnets.pruning.weights import (
+    Criterion,
+    Scope,
+    Sparsity,
+    check_scope,
+    check_sparsity,
+    computed_weights,
+    target_sparsity,
+)
+from slimnets.trainer import (
+    averaged_networks,
+    has_time_limit,
+    is_fast_dev_run,
+    refuse_sharding,
+    remaining_steps,
+    writes_summary,
+)
+
+
+class GradualPrune(L.Callback):
+    """Prune the network while it trains, from an initial to a final sparsity.
+
+    Every ``every`` optimizer steps from ``begin`` to ``end``, the weights of the lowest scores are
+    set to zero, until each layer has exactly ``round(sparsity * n)`` zeros among its ``n`` weights.
+    Zeros stay zero after every optimizer step, and so do those that the network begins with. The
+    masks are state of this callback, one byte a weight: the network's state dict keeps its keys.
+
+    Zhu & Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
+    compression" (arXiv 1710.01878).
+
+    Args:
+        sparsity: The final share of zeros, a fraction in [0, 1); or a mapping of globs over layer
+            names to fractions, of which the first that matches wins; layers that none matches are
+            left alone.
+        initial: The share of zeros at ``begin``.
+        begin: The first update: an int is optimizer steps, a float in [0, 1] a fraction of the run.
+            The steps are those of the optimizer that owns the weights.
+        end: The last update, at which ``sparsity`` is reached; an int or a float as above.
+        every: The steps from one update to the next; an int or a float as above, at least one step.
+        schedule: From progress in [0, 1] to a share in [0, 1] of the way from ``initial`` to
+            ``sparsity``: ``cubic``, ``linear``, ``one_shot`` or any callable with
+            ``schedule(1.0) == 1.0``.
+        criterion: From a parameter to scores of its shape, the lowest of which are pruned:
+            ``magnitude``, ``random`` or any callable.
+        scope: ``"layer"``, the same sparsity in every layer; or ``"global"``, the lowest scores of
+            the whole network.
+        exclude: Layers to leave alone: globs over names, types, or predicates of (name, layer).
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If an argument is out of range; in ``fit``, before any weight is changed, if a
+            glob matches no layer or the run is too short.
+        NotImplementedError: In ``fit``, under a strategy that shards the weights.
+
+    Examples:
+        >>> prune = GradualPrune(0.9, exclude="classifier.*")
+        >>> trainer = L.Trainer(max_epochs=10, callbacks=[prune], logger=False)
+    """
+
+    compresses = True
+
+    def __init__(
+        self,
+        sparsity: Sparsity,
+        *,
+        initial: float = 0.0,
+        begin: Steps = 0.0,
+        end: Steps = 0.75,
+        every: Steps = 0.01,
+        schedule: Callable[[float], float] = cubic,
+        criterion: Criterion = magnitude,
+        scope: Scope = "layer",
+        exclude: Selectors = (),
+    ) -> None:
+        check_sparsity(sparsity)
+        check_sparsity(initial, "initial")
+        finals = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
+        if any(initial > final for final in finals):
+            raise ValueError(
+                f"initial={initial!r}, sparsity={sparsity!r}: masks only grow, so pruning cannot "
+                "begin with more zeros than it ends with"
+            )
+        check_span(begin, end, every)
+        check_scope(scope, sparsity)
+        check_schedule(schedule)
+        if not callable(criterion):
+            raise TypeError(f"criterion={criterion!r}: expected a callable of a parameter")
+
+        self.sparsity = sparsity
+        self.initial = initial
+        self.begin, self.end, self.every = begin, end, every
+        self.schedule = schedule
+        self.criterion = criterion
+        self.scope: Scope = scope
+        self.exclude = as_selectors(exclude, "exclude")
+
+        self._pruner: Pruner | None = None
+        self._span = Span(0, 0, 1)
+        self._steps: list[int] = []  # of each optimizer
+        self._progress: list[float | None] = []  # of each optimizer, at the last update
+        self._start = 0  # trainer.global_step at step 0
+        self._max_epochs: int | None = None
+        self._restored: dict[str, Any] | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._unlogged = False
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Name of each weight to its mask, bool, True where it is kept; empty before ``fit``."""
+        pruned = self._pruner.pruned if self._pruner else {}
+        return {name: ~mask for name, mask in pruned.items()}
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether the network is as sparse as asked."""
+        return self._pruner is not None and self._pruner.reached
+
+    @property
+    def state_key(self) -> str:
+        """Tells two instances on one Trainer apart by the layers that they prune."""
+        globs = sorted(self.sparsity) if isinstance(self.sparsity, Mapping) else None
+        exclude = [getattr(one, "__qualname__", one) for one in self.exclude]
+        return self._generate_state_key(globs=globs, exclude=exclude)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and note the length of the run."""
+        refuse_sharding(trainer, self)
+        self._max_epochs = trainer.max_epochs
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the weights and the steps of the run; nothing is pruned yet."""
+        network = compressed_network(pl_module)
+        parameters, targets = target_sparsity(network, self.sparsity, self.exclude)
+        restored, self._restored = self._restored, None
+        steps = restored["steps"] if restored else [0] * len(trainer.optimizers)
+        resumed = restored is not None and self._is_same_run(restored["arguments"])
+        span = Span(*restored["span"]) if restored and resumed else self._resolve(trainer, steps)
+        pruner = Pruner(parameters, targets, self.criterion, self.scope)
+        if restored:
+            pruner.load_state_dict(restored["masks"])
+
+        for name in computed_weights(network):
+            rank_zero_warn(
+                f"GradualPrune leaves {name!r} alone: its weight is computed from other parameters"
+            )
+        if pruner.sparsity > pruner.target:
+            rank_zero_warn(
+                f"GradualPrune(sparsity={self.sparsity!r}): the network begins with "
+                f"{pruner.sparsity:.2%} zeros, more than asked; they are kept"
+            )
+        self._pruner, self._span, self._steps, self._progress = pruner, span, list(steps), []
+        self._start = trainer.global_step - max(steps, default=0)
+        self._unhook()
+        self._hooks = [
+            optimizer.register_step_post_hook(self._after_step(trainer, index))
+            for index, optimizer in enumerate(trainer.optimizers)
+        ]
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Mask the gradients, before they are clipped; and prune, if pruning begins at step 0."""
+        if not any(self._steps):
+            self._grow(trainer)
+        if self._pruner:
+            self._pruner.mask_gradients()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count what the gradient scaler has skipped, and log."""
+        if pl_module.automatic_optimization and self._steps:
+            # a step that the scaler skips for its infinities runs no hook of the optimizer
+            self._steps[0] = max(self._steps[0], trainer.global_step - self._start)
+            self._grow(trainer)
+        self._log(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so if the target was not reached."""
+        self._unhook()
+        if self._pruner and not self._pruner.reached and not is_fast_dev_run(trainer):
+            rank_zero_warn(
+                f"GradualPrune: training stopped after {max(self._steps)} optimizer steps, before "
+                f"pruning ends at step {self._span.end}: the sparsity is "
+                f"{self._pruner.sparsity:.2%}, not {self._pruner.target:.2%}"
+            )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the masks and the weights that are left, averaged weights copied back by now."""
+        network = compressed_network(pl_module)
+        log_masks(trainer, network, self.masks)
+        log_weights(trainer, network, list(self.masks))
+        if writes_summary(trainer, self):
+            log_summary(trainer, network)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no hook behind."""
+        self._unhook()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks at one bit a weight, steps, span, and the arguments for comparison."""
+        if self._pruner is None:
+            return {}
+        return {
+            "arguments": self._arguments(),
+            "steps": list(self._steps),
+            "span": [self._span.begin, self._span.end, self._span.every],
+            "masks": self._pruner.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the layers are known, in ``on_train_start``."""
+        self._restored = state_dict or None
+
+    def _resolve(self, trainer: L.Trainer, steps: list[int]) -> Span:
+        automatic = trainer.lightning_module.automatic_optimization
+        length = max(steps, default=0) + remaining_steps(trainer, self._max_epochs)
+        if is_fast_dev_run(trainer):
+            return Span(0, max(1, int(length)) if automatic else 1, 1)
+        relative = any(isinstance(value, float) for value in (self.begin, self.end, self.every))
+        if not automatic or (relative and has_time_limit(trainer)):
+            length = math.inf
+        return resolve_span(self.begin, self.end, self.every, length)
+
+    def _is_same_run(self, arguments: Mapping[str, str]) -> bool:
+        now = self._arguments()
+        changed = [name for name in now if arguments.get(name) != now[name]]
+        for name in changed:
+            rank_zero_warn(
+                f"GradualPrune({name}={now[name]}): the checkpoint was made with "
+                f"{name}={arguments.get(name)}; going on with {now[name]}, zeros are kept"
+            )
+        return not changed
+
+    def _arguments(self) -> dict[str, str]:
+        names = ("sparsity", "initial", "begin", "end", "every", "schedule", "criterion", "scope")
+        values = {name: getattr(self, name) for name in names}
+        return {name: getattr(v, "__qualname__", repr(v)) for name, v in values.items()}
+
+    def _after_step(self, trainer: L.Trainer, index: int) -> Callable[..., None]:
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._steps[index] += 1
+            self._grow(trainer)
+            assert self._pruner is not None
+            self._pruner.apply(self._pruner.parameters)
+
+        return hook
+
+    def _grow(self, trainer: L.Trainer) -> None:
+        assert self._pruner is not None
+        progress = [self._span.progress(steps) for steps in self._steps]
+        if progress == self._progress:
+            return
+        self._progress = progress
+        if self._pruner.grow(self._due(trainer)):
+            self._unlogged = True
+            # an average of zeros stays zero, so it is enough to mask the averages here
+            for network in averaged_networks(trainer):
+                self._pruner.apply(dict(network.named_parameters(remove_duplicate=False)))
+
+    def _due(self, trainer: L.Trainer) -> dict[str, float]:
+        """The share of zeros that each weight should have by now."""
+        assert self._pruner is not None
+        owner = {
+            parameter: index
+            for index, optimizer in enumerate(trainer.optimizers)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        shares = [None if p is None else self.schedule(p) for p in self._progress]
+        due = {}
+        for name, parameter in self._pruner.parameters.items():
+            share = shares[owner.get(parameter, 0)]  # frozen weights follow the first optimizer
+            final = self._pruner.targets[name]
+            due[name] = 0.0 if share is None else self.initial + (final - self.initial) * share
+        return due
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._pruner is not None
+        if trainer.barebones:
+            return
+        pl_module.log("sparsity", self._pruner.sparsity, prog_bar=True, on_step=True)
+        if not self._unlogged:
+            return
+        self._unlogged = False
+        due = self._due(trainer)
+        scalars = {"sparsity/target": sum(due.values()) / len(due)}
+        for name, threshold in self._pruner.thresholds.items():
+            scalars[f"sparsity/{name}"] = self._pruner.layer_sparsity(name)
+            scalars[f"threshold/{name}"] = threshold
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []

@@ -1,0 +1,211 @@
+"""The masks of a network's weights, and pruning without a Trainer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from slimnets.layers import Selectors, compressed_network
+from slimnets.pruning.criteria import magnitude
+from slimnets.pruning.masks import lowest
+from slimnets.pruning.weights import (
+    Criterion,
+    Scope,
+    Sparsity,
+    check_scope,
+    check_sparsity,
+    target_sparsity,
+)
+
+
+class Pruner:
+    """Weights, their masks and their targets; masks only grow.
+
+    Args:
+        parameters: Name to weights.
+        targets: Name to the final share of zeros, in [0, 1).
+        criterion: Parameter to scores of its shape; the lowest are pruned.
+        scope: ``"layer"`` or ``"global"``.
+
+    Attributes:
+        pruned: Name to bool tensor, True where pruned. It begins with the weights that are zero
+            already, pruned before; unless all of a tensor are, which is an initialisation.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        targets: Mapping[str, float],
+        criterion: Criterion = magnitude,
+        scope: Scope = "layer",
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.targets = dict(targets)
+        self.criterion = criterion
+        self.scope = scope
+        self.pruned = {name: _zeros_of(weights) for name, weights in self.parameters.items()}
+        self.counts = {name: int(mask.count_nonzero()) for name, mask in self.pruned.items()}
+        self.thresholds: dict[str, float] = {}
+
+    @property
+    def sparsity(self) -> float:
+        """The share of pruned weights among all of them."""
+        return sum(self.counts.values()) / sum(w.numel() for w in self.parameters.values())
+
+    @property
+    def target(self) -> float:
+        """The share of pruned weights at the end."""
+        total = sum(weights.numel() for weights in self.parameters.values())
+        return sum(k for _, k in self._quotas(self.targets)) / total
+
+    @property
+    def reached(self) -> bool:
+        """Whether every quota is filled."""
+        return all(self._count(names) >= k for names, k in self._quotas(self.targets))
+
+    def layer_sparsity(self, name: str) -> float:
+        """The share of pruned weights in one tensor."""
+        return self.counts[name] / self.parameters[name].numel()
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The masks at one bit a weight, and their shapes."""
+        return {
+            name: {
+                "bits": torch.from_numpy(np.packbits(mask.cpu().numpy())),
+                "shape": [*mask.shape],
+            }
+            for name, mask in self.pruned.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over masks from a checkpoint.
+
+        Raises:
+            ValueError: If they are not those of the weights, by name and shape.
+        """
+        expected = {name: tuple(weights.shape) for name, weights in self.parameters.items()}
+        found = {name: tuple(packed["shape"]) for name, packed in state.items()}
+        if found != expected:
+            differing = sorted(dict(found.items() ^ expected.items()))
+            raise ValueError(
+                "the masks in the checkpoint are of another network than the one to prune; they "
+                f"differ in {differing}; give GradualPrune and LowRank the arguments they had"
+            )
+        for name, packed in state.items():
+            weights = self.parameters[name]
+            bits = np.unpackbits(packed["bits"].cpu().numpy(), count=weights.numel())
+            mask = torch.from_numpy(bits).to(weights.device, torch.bool)
+            self.pruned[name] = mask.view(weights.shape)
+            self.counts[name] = int(mask.count_nonzero())
+
+    @torch.no_grad()
+    def grow(self, sparsities: Mapping[str, float]) -> bool:
+        """Prune the weights of the lowest scores until the shares of zeros are ``sparsities``.
+
+        Returns:
+            Whether any mask has grown.
+
+        Raises:
+            ValueError: If the criterion returns scores of another shape.
+        """
+        grown = False
+        for names, k in self._quotas(sparsities):
+            if k > self._count(names):
+                self._select(names, k)
+                grown = True
+        if grown:
+            self.apply(self.parameters)
+        return grown
+
+    @torch.no_grad()
+    def apply(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Set the pruned weights to zero, in ``parameters`` that may be a copy of the network's."""
+        for name, mask in self.pruned.items():
+            # not a product with the mask: that leaves -0.0, and NaN
+            parameters[name].masked_fill_(mask.to(parameters[name].device), 0)
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of pruned weights to zero, so that norms are those of the live ones."""
+        for name, mask in self.pruned.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                gradient.masked_fill_(mask, 0)
+
+    def _quotas(self, sparsities: Mapping[str, float]) -> list[tuple[list[str], int]]:
+        """Which weights are chosen from together, and how many of them."""
+        sizes = {name: weights.numel() for name, weights in self.parameters.items()}
+        if self.scope == "global":
+            return [(list(sizes), round(min(sparsities.values()) * sum(sizes.values())))]
+        return [([name], round(sparsities[name] * size)) for name, size in sizes.items()]
+
+    def _count(self, names: list[str]) -> int:
+        return sum(self.counts[name] for name in names)
+
+    def _select(self, names: list[str], k: int) -> None:
+        chosen, threshold = lowest([self._scores(name) for name in names], k)
+        for name, mask in zip(names, chosen, strict=True):
+            if dist.is_initialized():
+                # a random criterion, or a float sum in another order, may differ from rank to rank
+                dist.broadcast(mask.view(torch.uint8), src=0)
+            self.pruned[name] |= mask
+            self.counts[name] = int(self.pruned[name].count_nonzero())
+            self.thresholds[name] = threshold
+
+    def _scores(self, name: str) -> Tensor:
+        weights = self.parameters[name]
+        scores = self.criterion(weights)
+        if not isinstance(scores, Tensor) or scores.shape != weights.shape:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"criterion={self.criterion!r}: expected scores of the shape of {name!r}, "
+                f"{tuple(weights.shape)}, got {got}"
+            )
+        return scores.to(torch.float32).masked_fill(self.pruned[name], -torch.inf)
+
+
+def prune(
+    model: nn.Module,
+    sparsity: Sparsity,
+    *,
+    criterion: Criterion = magnitude,
+    scope: Scope = "layer",
+    exclude: Selectors = (),
+) -> dict[str, Tensor]:
+    """Prune ``model`` at once and in place, without a Trainer.
+
+    Args:
+        model: The network; of a DistillationModule, its student.
+        sparsity: A fraction in [0, 1), or a mapping of globs over layer names to fractions, of
+            which the first that matches wins.
+        criterion: Parameter to scores of its shape; the lowest are pruned.
+        scope: ``"layer"`` for the same sparsity in every layer, ``"global"`` for the lowest scores
+            of the whole network.
+        exclude: Layers to leave alone: globs, types or predicates of (name, layer).
+
+    Returns:
+        Name of each weight to its mask, bool, True where the weight is kept.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If one is out of range, or a glob matches nothing.
+
+    Examples:
+        >>> masks = prune(nn.Linear(4, 4), 0.75)
+        >>> int(masks["weight"].sum())
+        4
+    """
+    check_sparsity(sparsity)
+    check_scope(scope, sparsity)
+    parameters, targets = target_sparsity(compressed_network(model), sparsity, exclude)
+    pruner = Pruner(parameters, targets, criterion, scope)
+    pruner.grow(targets)
+    return {name: ~pruned for name, pruned in pruner.pruned.items()}
+
+
+@torch.no_grad()
+def _zeros_of(weights: nn.Parameter) -> Tensor:
+    zeros = weights == 0
+    return torch.zeros_like(zeros) if bool(zeros.all()) else zeros

@@ -1,0 +1,159 @@
+"""Which weights are pruned, and how many of each."""
+
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from slimnets.layers import (
+    Selectors,
+    as_selectors,
+    assign,
+    is_parametrized,
+    without,
+)
+
+Criterion: TypeAlias = Callable[[nn.Parameter], Tensor]
+Sparsity: TypeAlias = float | Mapping[str, float]
+Scope: TypeAlias = Literal["layer", "global"]
+
+_WEIGHTS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.modules.conv._ConvNd, nn.Linear), "weight"),
+    ((nn.RNNBase, nn.RNNCellBase), "weight_"),
+    ((nn.MultiheadAttention,), "in_proj_weight q_proj_weight k_proj_weight v_proj_weight"),
+)
+
+
+def prunable_weights(
+    network: nn.Module, exclude: Selectors = (), *, layers: Mapping[str, object] | None = None
+) -> dict[str, nn.Parameter]:
+    """The weights of convolutions, linear and recurrent layers and attention projections.
+
+    Biases, norms and embeddings are never among them, nor weights that are computed from other
+    parameters (weight norm). A weight that several layers share is there once.
+
+    Args:
+        network: The network whose layers' names the selectors see.
+        exclude: Layers to leave out: globs over names, types, or predicates of (name, layer).
+        layers: If given, only layers of these names.
+
+    Returns:
+        Name, as in the state dict, to parameter.
+
+    Raises:
+        ValueError: If a selector chooses no layer, or a lazy layer has no weights yet.
+    """
+    candidates = prunable_layers(network)
+    kept = without(candidates, as_selectors(exclude, "exclude"))
+    found: dict[str, nn.Parameter] = {}
+    seen: set[nn.Parameter] = set()
+    for name, layer in kept.items():
+        if layers is not None and name not in layers:
+            continue
+        for key, parameter in _weights_of(layer).items():
+            if isinstance(parameter, nn.UninitializedParameter):
+                raise ValueError(
+                    f"layer {name!r} ({type(layer).__name__}) has no weights yet; "
+                    "run one batch through the network before pruning it"
+                )
+            if parameter not in seen:
+                seen.add(parameter)
+                found[f"{name}.{key}" if name else key] = parameter
+    return found
+
+
+def prunable_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Name to layer, for every layer of ``network`` that owns a weight to prune."""
+    return {name: layer for name, layer in network.named_modules() if _weights_of(layer)}
+
+
+def computed_weights(network: nn.Module) -> list[str]:
+    """Names of convolutions and linear layers that compute their weights (weight norm)."""
+    convolutions_and_linear = _WEIGHTS[0][0]
+    return [
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, convolutions_and_linear) and is_parametrized(layer)
+    ]
+
+
+def _weights_of(layer: nn.Module) -> dict[str, nn.Parameter]:
+    for types, names in _WEIGHTS:
+        if isinstance(layer, types):
+            return {
+                key: parameter
+                for key, parameter in layer.named_parameters(recurse=False)
+                if (key.startswith(names) if names.endswith("_") else key in names.split())
+            }
+    return {}
+
+
+def check_sparsity(sparsity: Sparsity, argument: str = "sparsity") -> None:
+    """Raise unless ``sparsity`` is a fraction in [0, 1), or a mapping of globs to such fractions.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is out of range.
+    """
+    if isinstance(sparsity, Mapping):
+        if not sparsity:
+            raise ValueError(f"{argument}={{}}: expected at least one glob and its sparsity")
+        for glob, value in sparsity.items():
+            if not isinstance(glob, str):
+                raise TypeError(f"{argument}: expected globs as keys, got {glob!r}")
+            check_sparsity(value, f"{argument}[{glob!r}]")
+        return
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
+        raise TypeError(f"{argument}={sparsity!r}: expected a fraction in [0, 1)")
+    if not 0 <= sparsity < 1:
+        hint = f", did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+        raise ValueError(f"{argument}={sparsity!r}: expected a fraction in [0, 1){hint}")
+
+
+def check_scope(scope: str, sparsity: Sparsity) -> None:
+    """Raise unless ``scope`` is known and goes together with ``sparsity``.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope={scope!r}: expected 'layer' or 'global'")
+    if scope == "global" and isinstance(sparsity, Mapping):
+        raise ValueError(
+            "scope='global' with a mapping as sparsity: a global target is one number; "
+            "give one, or scope='layer'"
+        )
+
+
+def target_sparsity(
+    network: nn.Module, sparsity: Sparsity, exclude: Selectors = ()
+) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
+    """The weights to prune and the final sparsity of each.
+
+    Args:
+        network: The network to prune.
+        sparsity: A fraction in [0, 1) for every layer, or a mapping of globs over layer names to
+            fractions; the first that matches wins, and layers that none matches are left alone.
+        exclude: As in :func:`prunable_weights`.
+
+    Returns:
+        Name to parameter, and name to fraction.
+
+    Raises:
+        ValueError: If a glob or selector chooses nothing, or there is nothing to prune.
+    """
+    if isinstance(sparsity, Mapping):
+        layers = without(prunable_layers(network), as_selectors(exclude, "exclude"))
+        per_layer = assign(sparsity, layers, "sparsity")
+        parameters = prunable_weights(network, exclude, layers=per_layer)
+        targets = {name: float(per_layer[name.rpartition(".")[0]]) for name in parameters}
+    else:
+        parameters = prunable_weights(network, exclude)
+        targets = dict.fromkeys(parameters, float(sparsity))
+    if not parameters:
+        raise ValueError(
+            f"{type(network).__name__} has no layer to prune: no convolution, linear or recurrent "
+            "layer with weights of its own is left"
+        )
+    return parameters, targets
