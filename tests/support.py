@@ -1,0 +1,66 @@
+"""Small networks and data that several tests use."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def small_network(*, norm: bool = True, dropout: float = 0.0) -> nn.Sequential:
+    """A convolutional classifier of 3 x 8 x 8 images into 4 classes."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(256, 32),
+        nn.ReLU(),
+        nn.Linear(32, 4),
+    )
+
+
+def small_data(
+    n: int = 48, batch_size: int = 8, *, shuffle: bool = False
+) -> DataLoader[tuple[Tensor, ...]]:
+    """``n`` random images whose class is the quadrant with the largest mean."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(n, 3, 8, 8, generator=generator)
+    labels = torch.nn.functional.adaptive_avg_pool2d(images, 2).mean(1).flatten(1).argmax(1)
+    return DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=shuffle)
+
+
+class Classifier(L.LightningModule):
+    """A user's own LightningModule around a network."""
+
+    def __init__(
+        self, network: nn.Module | None = None, optimizer: Any = None, **arguments: Any
+    ) -> None:
+        super().__init__()
+        self.network = network if network is not None else small_network()
+        self._optimizer = optimizer or torch.optim.SGD
+        self._arguments = arguments or {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("test_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self._optimizer(self.parameters(), **self._arguments)
