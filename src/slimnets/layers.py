@@ -37,7 +37,7 @@ def as_selectors(selectors: Selectors, argument: str) -> tuple[Selector, ...]:
     Raises:
         TypeError: If one is neither a glob, nor a layer type, nor a predicate.
     """
-    single = isinstance(selectors, str | type) or callable(selectors)
+    single = isinstance(selectors, str) or not isinstance(selectors, Iterable)
     found: tuple[Selector, ...] = (selectors,) if single else tuple(selectors)  # type: ignore[arg-type, assignment]
     for one in found:
         is_layer_type = isinstance(one, type) and issubclass(one, nn.Module)

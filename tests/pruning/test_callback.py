@@ -1,0 +1,469 @@
+"""GradualPrune on the real Trainer."""
+
+import copy
+import io
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from slimnets import GradualPrune
+from slimnets.pruning import linear, one_shot, random
+from tests.support import Classifier, small_data, small_network
+
+WEIGHTS = ["0.weight", "3.weight", "7.weight", "9.weight"]
+
+
+def zeros(module):
+    return {n: int((p == 0).sum()) for n, p in module.named_parameters() if p.ndim > 1}
+
+
+def expected(module, sparsity):
+    return {n: round(sparsity * p.numel()) for n, p in module.named_parameters() if p.ndim > 1}
+
+
+class Watch(L.Callback):
+    """Checks after every optimizer step that what is pruned is zero, and records the counts."""
+
+    def __init__(self, prune):
+        self.prune = prune
+        self.history = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        parameters = dict(pl_module.named_parameters())
+        for name, mask in self.prune.masks.items():
+            bits = parameters[name][~mask].view(
+                torch.int16 if parameters[name].element_size() == 2 else torch.int32
+            )
+            assert not bits.any(), "a pruned weight is not +0.0"
+        self.history.append(sum(int((~m).sum()) for m in self.prune.masks.values()))
+
+
+def run(make_trainer, prune, module=None, data=None, callbacks=(), epochs=3, **arguments):
+    module = module or Classifier()
+    watch = Watch(prune)
+    trainer = make_trainer(max_epochs=epochs, callbacks=[prune, watch, *callbacks], **arguments)
+    trainer.fit(module, small_data() if data is None else data, small_data(8))
+    return module, watch, trainer
+
+
+OPTIMIZERS = [
+    (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}),
+    (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}),
+    (torch.optim.Adam, {"lr": 0.01, "weight_decay": 1e-2}),
+    (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
+    (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9}),
+    (torch.optim.LBFGS, {"lr": 0.1, "max_iter": 3}),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "arguments"), OPTIMIZERS)
+def test_zeros_are_exact_after_every_step_and_in_number_at_the_end(
+    make_trainer, optimizer, arguments
+):
+    prune = GradualPrune(0.9)
+    module = Classifier(optimizer=optimizer, **arguments)
+    module, watch, _ = run(make_trainer, prune, module)
+    assert zeros(module) == expected(module, 0.9)
+    assert watch.history == sorted(watch.history)
+    assert len(set(watch.history)) > 5
+    assert prune.target_reached
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_precisions_and_clipping(make_trainer, precision, clip):
+    module, *_ = run(
+        make_trainer, GradualPrune(0.8), precision=precision, gradient_clip_val=clip, epochs=2
+    )
+    assert zeros(module) == expected(module, 0.8)
+
+
+def test_clipping_sees_the_norm_of_the_live_weights_only(make_trainer):
+    norms = []
+
+    class Norms(Classifier):
+        def configure_gradient_clipping(self, optimizer, *args, **kwargs):
+            super().configure_gradient_clipping(optimizer, *args, **kwargs)
+            for name, mask in prune.masks.items():
+                norms.append(float(self.get_parameter(name).grad[~mask].abs().sum()))
+
+    prune = GradualPrune(0.9, end=0.1)
+    run(make_trainer, prune, Norms(), gradient_clip_val=1.0, epochs=1)
+    assert len(norms) == 6 * 4
+    assert not any(norms)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("accumulate", [1, 2, 5])
+@pytest.mark.parametrize("span", [{}, {"end": 1.0}, {"begin": 0.5, "every": 0.3}])
+def test_the_target_is_reached_whatever_the_step_counts(make_trainer, batches, accumulate, span):
+    module, *_ = run(
+        make_trainer,
+        GradualPrune(0.77, **span),
+        data=small_data(n=4 * batches, batch_size=4),
+        accumulate_grad_batches=accumulate,
+        epochs=2,
+    )
+    assert zeros(module) == expected(module, 0.77)
+
+
+def test_under_a_gradient_accumulation_scheduler(make_trainer):
+    prune = GradualPrune(0.9, end=1.0)
+    module, *_ = run(
+        make_trainer, prune, callbacks=[GradientAccumulationScheduler({0: 1, 1: 4})], epochs=3
+    )
+    assert prune._span.end == 6 + 2 + 2
+    assert zeros(module) == expected(module, 0.9)
+
+
+def test_limits_of_the_run(make_trainer):
+    prune = GradualPrune(0.9, end=1.0)
+    run(make_trainer, prune, epochs=5, max_steps=7)
+    assert prune._span.end == 7
+    prune = GradualPrune(0.9, end=1.0)
+    run(make_trainer, prune, epochs=2, limit_train_batches=3)
+    assert prune._span.end == 6
+    prune = GradualPrune(0.9, end=1.0)
+    run(make_trainer, prune, epochs=2, overfit_batches=2)
+    assert prune._span.end == 4
+
+
+def test_the_steps_of_the_schedule_are_those_of_the_optimizer(make_trainer):
+    prune = GradualPrune(0.5, begin=4, end=8, every=2, schedule=linear)
+    _, watch, _ = run(make_trainer, prune, epochs=2)
+    total = sum(mask.numel() for mask in prune.masks.values())
+    shares = [round(count / total, 2) for count in watch.history]
+    assert shares == [0, 0, 0, 0, 0, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_initial_sparsity_is_there_from_the_first_step(make_trainer):
+    prune = GradualPrune(0.8, initial=0.4, begin=0, end=10, every=5)
+    _, watch, _ = run(make_trainer, prune, epochs=2)
+    total = sum(mask.numel() for mask in prune.masks.values())
+    assert watch.history[0] / total == pytest.approx(0.4, abs=1e-3)
+
+
+def test_one_shot_prunes_everything_at_begin(make_trainer):
+    prune = GradualPrune(0.8, begin=3, end=10, every=1, schedule=one_shot)
+    _, watch, _ = run(make_trainer, prune, epochs=2)
+    assert watch.history[:2] == [0, 0]
+    assert len(set(watch.history[2:])) == 1
+
+
+def test_globally_and_by_mapping(make_trainer):
+    module, *_ = run(make_trainer, GradualPrune(0.7, scope="global"))
+    total = sum(expected(module, 1.0).values())
+    assert sum(zeros(module).values()) == round(0.7 * total)
+
+    module, *_ = run(make_trainer, GradualPrune({"network.7": 0.9, "network.[0-3]": 0.5}))
+    counts, sizes = zeros(module), expected(module, 1.0)
+    assert counts["network.7.weight"] == round(0.9 * 8192)
+    assert counts["network.3.weight"] == round(0.5 * sizes["network.3.weight"])
+    assert counts["network.9.weight"] == 0
+
+
+def test_a_users_schedule_and_criterion(make_trainer):
+    def slow(progress):
+        return progress**2
+
+    def largest(parameter):
+        return -parameter.abs()
+
+    module, *_ = run(make_trainer, GradualPrune(0.5, schedule=slow, criterion=largest))
+    assert zeros(module) == expected(module, 0.5)
+
+
+def test_the_state_dict_keeps_its_keys_and_loads_into_a_plain_network(make_trainer):
+    keys = list(Classifier().state_dict())
+    module, _, trainer = run(make_trainer, GradualPrune(0.9))
+    assert list(module.state_dict()) == keys
+    Classifier().load_state_dict(module.state_dict())
+    copied = copy.deepcopy(module)
+    assert zeros(copied) == expected(module, 0.9)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+
+
+def test_a_buffer_named_like_a_mask(make_trainer, tmp_path):
+    module = Classifier()
+    module.network.register_buffer("attention_mask", torch.ones(3))
+    module, _, trainer = run(make_trainer, GradualPrune(0.9), module)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    state = torch.load(tmp_path / "x.ckpt")["state_dict"]
+    assert torch.equal(state["network.attention_mask"], torch.ones(3))
+    assert {k for k in state if "mask" in k} == {"network.attention_mask"}
+
+
+def test_a_second_fit_keeps_the_zeros_and_does_not_compound(make_trainer):
+    prune = GradualPrune(0.5)
+    module, _, trainer = run(make_trainer, prune)
+    first = {n: p == 0 for n, p in module.named_parameters() if p.ndim > 1}
+    trainer.fit_loop.max_epochs = 6
+    trainer.fit(module, small_data(), small_data(8))
+    assert zeros(module) == expected(module, 0.5)
+    assert all(torch.equal(module.get_parameter(n) == 0, mask) for n, mask in first.items())
+
+    run(make_trainer, GradualPrune(0.8), module)  # a new Trainer, a new callback
+    assert zeros(module) == expected(module, 0.8)
+    assert all((module.get_parameter(n)[mask] == 0).all() for n, mask in first.items())
+
+
+def test_a_network_that_is_sparser_than_asked_keeps_its_zeros_and_says_so(make_trainer):
+    module, *_ = run(make_trainer, GradualPrune(0.8))
+    with pytest.warns(UserWarning, match=r"begins with 80.* zeros, more than asked"):
+        run(make_trainer, GradualPrune(0.5), module)
+    assert zeros(module) == expected(module, 0.8)
+
+
+@pytest.mark.parametrize("average", [WeightAveraging, lambda: EMAWeightAveraging(decay=0.999)])
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_are_as_sparse(make_trainer, tmp_path, average, first):
+    prune, average = GradualPrune(0.9, end=0.5), average()
+    callbacks = [average, prune] if first else [prune, average]
+    trainer = make_trainer(max_epochs=3, callbacks=callbacks)
+    module = Classifier()
+    trainer.fit(module, small_data(), small_data(8))
+    assert zeros(module) == expected(module, 0.9)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    Classifier().load_state_dict(torch.load(tmp_path / "x.ckpt")["state_dict"])
+
+
+def test_checkpoints_hold_sparse_averages_while_training(make_trainer, tmp_path):
+    counts = []
+
+    class Save(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "x.ckpt")
+            state = torch.load(tmp_path / "x.ckpt")["state_dict"]
+            counts.append({k: int((v == 0).sum()) for k, v in state.items() if v.ndim > 1})
+
+    prune = GradualPrune(0.9, end=0.6)
+    module, *_ = run(
+        make_trainer, prune, callbacks=[EMAWeightAveraging(decay=0.999), Save()], epochs=3
+    )
+    assert counts[-1] == expected(module, 0.9)
+
+
+def test_stochastic_weight_averaging(make_trainer):
+    prune = GradualPrune(0.9, end=1.0)
+    swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    module, *_ = run(make_trainer, prune, callbacks=[swa], epochs=4)
+    assert prune._span.end == 24  # not 30: the epoch that SWA adds has no steps
+    assert zeros(module) == expected(module, 0.9)
+
+
+def test_the_learning_rate_finder_does_not_prune(make_trainer):
+    prune = GradualPrune(0.9)
+    module, watch, _ = run(
+        make_trainer,
+        prune,
+        LearningRate(),
+        callbacks=[LearningRateFinder(num_training_steps=10)],
+    )
+    assert zeros(module) == expected(module, 0.9)
+    assert watch.history[0] < 0.5 * watch.history[-1]
+
+
+class LearningRate(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.lr = 0.01
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Manual(Classifier):
+    """Two optimizers, one of which steps twice as often, one of them without Lightning's wrapper."""
+
+    def __init__(self):
+        super().__init__(small_network(norm=False))
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        features, head = self.optimizers()
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        features.zero_grad()
+        head.zero_grad()
+        self.manual_backward(loss)
+        if batch_idx % 2:
+            features.step()
+        head.optimizer.step()
+
+    def configure_optimizers(self):
+        return (
+            torch.optim.Adam(self.network[:4].parameters(), weight_decay=0.1),
+            torch.optim.SGD(self.network[4:].parameters(), lr=0.1, momentum=0.9),
+        )
+
+
+def test_manual_optimization_counts_the_steps_of_the_optimizer_that_owns_the_weights(make_trainer):
+    seen = []
+
+    class Record(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            counts = zeros(pl_module)
+            seen.append((counts["network.0.weight"], counts["network.7.weight"]))
+
+    prune = GradualPrune(0.5, begin=0, end=4, every=4, schedule=linear)
+    module, *_ = run(make_trainer, prune, Manual(), callbacks=[Record()], epochs=2)
+    head_done = next(i for i, (_, head) in enumerate(seen) if head)
+    features_done = next(i for i, (features, _) in enumerate(seen) if features)
+    assert (head_done, features_done) == (3, 7)
+    assert zeros(module) == expected(module, 0.5)
+
+
+def test_globally_under_two_optimizers_the_slower_is_the_clock(make_trainer):
+    prune = GradualPrune(0.5, begin=0, end=4, every=1, scope="global")
+    module, watch, _ = run(make_trainer, prune, Manual(), epochs=2)
+    total = sum(expected(module, 1.0).values())
+    assert watch.history[6] < round(0.5 * total)
+    assert watch.history[7] == round(0.5 * total)
+
+
+@pytest.mark.parametrize("argument", ["begin", "end", "every"])
+def test_manual_optimization_needs_ints(make_trainer, argument):
+    arguments = {"begin": 0, "end": 4, "every": 1, argument: 0.5}
+    module = Manual()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=rf"{argument}=0.5 is a fraction of the run.*ints"):
+        run(make_trainer, GradualPrune(0.5, **arguments), module)
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.randn(3, 8, 8), torch.tensor(0)
+
+
+def test_a_loader_without_length(make_trainer):
+    data = DataLoader(Endless(), batch_size=4)
+    module, *_ = run(make_trainer, GradualPrune(0.9), data=data, epochs=-1, max_steps=12)
+    assert zeros(module) == expected(module, 0.9)
+    with pytest.raises(ValueError, match="number of optimizer steps of this run is not known"):
+        run(make_trainer, GradualPrune(0.9), data=data, limit_train_batches=None, epochs=1)
+
+
+def test_a_time_limit_needs_ints(make_trainer):
+    limit = {"max_time": {"minutes": 1}}
+    with pytest.raises(ValueError, match="a time limit"):
+        run(make_trainer, GradualPrune(0.9), **limit)
+    module, *_ = run(make_trainer, GradualPrune(0.9, begin=0, end=10, every=1), **limit)
+    assert zeros(module) == expected(module, 0.9)
+
+
+def test_a_run_that_is_too_short_fails_at_the_start(make_trainer):
+    module = Classifier()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match="end=1000: the run has only 18 optimizer steps"):
+        run(make_trainer, GradualPrune(0.9, begin=0, end=1000, every=100), module)
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_a_run_that_stops_early_says_how_sparse_it_is(make_trainer):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step >= 6
+
+    prune = GradualPrune(0.9)
+    with pytest.warns(UserWarning, match=r"stopped after 6 optimizer steps.*not 90\.0"):
+        run(make_trainer, prune, callbacks=[Stop()])
+    assert not prune.target_reached
+
+
+@pytest.mark.parametrize("arguments", [{}, {"begin": 10, "end": 1000, "every": 10}])
+def test_a_smoke_run_goes_through_everything(make_trainer, arguments):
+    module, *_ = run(make_trainer, GradualPrune(0.9, **arguments), fast_dev_run=2)
+    assert zeros(module) == expected(module, 0.9)
+
+
+def test_frozen_weights_are_pruned_too(make_trainer):
+    module = Classifier()
+    module.network[0].requires_grad_(False)
+    module, *_ = run(make_trainer, GradualPrune(0.9), module)
+    assert zeros(module) == expected(module, 0.9)
+
+
+def test_weights_that_are_computed_are_named(make_trainer):
+    module = Classifier()
+    nn.utils.parametrizations.weight_norm(module.network[9])
+    with pytest.warns(UserWarning, match=r"leaves 'network.9' alone"):
+        run(make_trainer, GradualPrune(0.9), module)
+
+
+def test_two_instances_prune_what_each_is_given(make_trainer, tmp_path):
+    one, two = GradualPrune({"network.0": 0.5}), GradualPrune({"network.7": 0.9}, criterion=random)
+    module, _, trainer = run(make_trainer, one, callbacks=[two])
+    assert zeros(module)["network.0.weight"] == round(0.5 * 216)
+    assert zeros(module)["network.7.weight"] == round(0.9 * 8192)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert len([k for k in torch.load(tmp_path / "x.ckpt")["callbacks"] if "Prune" in k]) == 2
+
+
+def test_channels_last(make_trainer):
+    module = Classifier()
+    module = module.to(memory_format=torch.channels_last)
+    module, *_ = run(make_trainer, GradualPrune(0.9), module)
+    assert zeros(module) == expected(module, 0.9)
+
+
+def test_the_progress_bar_and_the_logger_see_the_sparsity(make_trainer, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path)
+    _, _, trainer = run(make_trainer, GradualPrune(0.9), logger=logger, log_every_n_steps=1)
+    assert trainer.progress_bar_metrics["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    header = text.splitlines()[0].split(",")
+    for column in (
+        "sparsity",
+        "sparsity/target",
+        "sparsity/network.0.weight",
+        "threshold/network.0.weight",
+    ):
+        assert column in header
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sparsity": 90}, ValueError, "did you mean 0.9"),
+        ({"sparsity": 0.5, "initial": 0.6}, ValueError, "initial=0.6, sparsity=0.5"),
+        ({"sparsity": {"a": 0.9, "b": 0.1}, "initial": 0.5}, ValueError, "initial=0.5"),
+        ({"sparsity": 0.5, "begin": 9, "end": 1}, ValueError, "begin=9, end=1"),
+        ({"sparsity": 0.5, "scope": "all"}, ValueError, "scope='all'"),
+        ({"sparsity": 0.5, "schedule": "cubic"}, TypeError, "schedule='cubic'"),
+        ({"sparsity": 0.5, "criterion": "magnitude"}, TypeError, "criterion='magnitude'"),
+        ({"sparsity": 0.5, "exclude": 3}, TypeError, "exclude=3"),
+    ],
+)
+def test_bad_arguments_fail_at_construction(arguments, error, message):
+    with pytest.raises(error, match=message):
+        GradualPrune(**arguments)
+
+
+def test_a_glob_that_matches_nothing_fails_before_anything_changes(make_trainer):
+    module = Classifier()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=r"sparsity: 'features.*' matches no layer"):
+        run(make_trainer, GradualPrune({"features*": 0.5}), module)
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_strategies_that_shard_are_refused(make_trainer, monkeypatch):
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+    for strategy in (FSDPStrategy, ModelParallelStrategy):
+        with pytest.raises(NotImplementedError, match=f"does not support {strategy.__name__}"):
+            GradualPrune(0.5).setup(type("T", (), {"strategy": strategy()})(), None, "fit")

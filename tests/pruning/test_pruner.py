@@ -1,0 +1,138 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from slimnets import prune
+from slimnets.pruning import magnitude, random
+from slimnets.pruning.pruner import Pruner
+from slimnets.pruning.weights import target_sparsity
+from tests.support import small_network
+
+
+def zeros(network):
+    return {n: int((p == 0).sum()) for n, p in network.named_parameters() if p.ndim > 1}
+
+
+def pruner_of(network, sparsity=0.9, **arguments):
+    return Pruner(*target_sparsity(network, sparsity), **arguments)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.333, 0.5, 0.9, 0.999])
+def test_exactly_round_s_n_in_every_layer(sparsity):
+    network = small_network()
+    prune(network, sparsity)
+    sizes = {n: p.numel() for n, p in network.named_parameters() if p.ndim > 1}
+    assert zeros(network) == {n: round(sparsity * size) for n, size in sizes.items()}
+
+
+def test_the_smallest_magnitudes_go_by_hand():
+    layer = nn.Linear(3, 2, bias=False)
+    layer.weight.data = torch.tensor([[0.1, -0.5, 0.3], [-0.2, 0.6, -0.4]])
+    masks = prune(layer, 0.5)
+    assert layer.weight.tolist() == torch.tensor([[0.0, -0.5, 0.0], [0.0, 0.6, -0.4]]).tolist()
+    assert masks["weight"].tolist() == [[False, True, False], [False, True, True]]
+
+
+def test_globally_the_counts_are_of_the_whole_network():
+    network = small_network()
+    with torch.no_grad():
+        network[0].weight *= 100
+    prune(network, 0.5, scope="global")
+    counts = zeros(network)
+    total = sum(p.numel() for p in network.parameters() if p.ndim > 1)
+    assert sum(counts.values()) == round(0.5 * total)
+    assert counts["0.weight"] < 5
+
+
+def test_pruned_weights_are_positive_zeros_even_of_negatives_and_nan():
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight.fill_(-1.0)
+        layer.weight[0, 0] = torch.nan
+    pruner = pruner_of(layer)
+    pruner.pruned["weight"][:] = True
+    pruner.apply(pruner.parameters)
+    assert torch.equal(layer.weight.view(torch.int32), torch.zeros(4, 4, dtype=torch.int32))
+
+
+def test_masks_only_grow_and_zeros_of_before_are_kept():
+    network = small_network()
+    first = prune(network, 0.5)
+    second = prune(network, 0.8, criterion=random)
+    for name, mask in second.items():
+        assert not (mask & ~first[name]).any()
+    third = prune(network, 0.3)
+    assert all(torch.equal(third[name], second[name]) for name in second)
+
+
+def test_a_layer_initialised_with_zeros_is_not_a_pruned_one():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.init.zeros_(network[1].weight)
+    pruner = pruner_of(network, 0.5)
+    assert pruner.counts == {"0.weight": 0, "1.weight": 0}
+
+
+def test_a_users_criterion():
+    network = small_network()
+    prune(network, 0.5, criterion=lambda p: -p.abs())
+    assert network[7].weight.abs().max() < 0.06  # the largest are gone
+
+
+@pytest.mark.parametrize("bad", [lambda p: p.abs().sum(), lambda p: 3])
+def test_a_criterion_of_another_shape_changes_nothing(bad):
+    network = small_network()
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match=r"expected scores of the shape of '0.weight'"):
+        prune(network, 0.5, criterion=bad)
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions(dtype):
+    network = small_network().to(dtype)
+    prune(network, 0.9)
+    assert zeros(network)["7.weight"] == round(0.9 * 8192)
+
+
+def test_one_byte_of_lasting_memory_a_weight():
+    network = small_network()
+    pruner = pruner_of(network)
+    size = sum(mask.untyped_storage().nbytes() for mask in pruner.pruned.values())
+    assert size == sum(p.numel() for p in pruner.parameters.values())
+
+
+def test_masks_are_packed_to_bits_and_come_back():
+    network = small_network()
+    pruner = pruner_of(network)
+    pruner.grow(pruner.targets)
+    state = pruner.state_dict()
+    stored = sum(one["bits"].untyped_storage().nbytes() for one in state.values())
+    assert stored <= sum(p.numel() for p in pruner.parameters.values()) / 8 + len(state)
+    other = pruner_of(small_network())
+    other.load_state_dict(state)
+    assert all(torch.equal(other.pruned[n], pruner.pruned[n]) for n in pruner.pruned)
+    assert other.counts == pruner.counts
+
+
+def test_masks_of_another_network_are_refused_and_named():
+    state = pruner_of(small_network()).state_dict()
+    with pytest.raises(ValueError, match=r"of another network.*'3.weight'"):
+        pruner_of(small_network()[:3]).load_state_dict(state)
+
+
+def test_gradients_of_pruned_weights_are_zero():
+    layer = nn.Linear(4, 4)
+    pruner = pruner_of(layer, 0.5)
+    pruner.grow(pruner.targets)
+    layer(torch.randn(2, 4)).sum().backward()
+    pruner.mask_gradients()
+    assert (layer.weight.grad[pruner.pruned["weight"]] == 0).all()
+    assert (layer.weight.grad[~pruner.pruned["weight"]] != 0).all()
+
+
+def test_magnitude_is_of_the_shape_of_the_parameter():
+    parameter = nn.Parameter(torch.tensor([[-2.0, 1.0]]))
+    assert magnitude(parameter).tolist() == [[2.0, 1.0]]
+    assert random(parameter).shape == parameter.shape

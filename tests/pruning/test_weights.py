@@ -1,0 +1,153 @@
+import pytest
+import torch
+from torch import nn
+
+from slimnets.pruning.weights import (
+    check_scope,
+    check_sparsity,
+    computed_weights,
+    prunable_weights,
+    target_sparsity,
+)
+from tests.support import small_network
+
+
+def names(network, **arguments):
+    return list(prunable_weights(network, **arguments))
+
+
+def test_weights_of_layers_and_never_biases_norms_or_embeddings():
+    network = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(5, 4),
+            "conv1": nn.Conv1d(4, 4, 3),
+            "conv2": nn.Conv2d(4, 4, 3),
+            "conv3": nn.Conv3d(4, 4, 3),
+            "up": nn.ConvTranspose2d(4, 4, 2),
+            "norm": nn.BatchNorm2d(4),
+            "layernorm": nn.LayerNorm(4),
+            "lstm": nn.LSTM(4, 4, num_layers=2, bidirectional=True, proj_size=2),
+            "cell": nn.GRUCell(4, 4),
+            "attention": nn.MultiheadAttention(4, 2),
+            "mixed": nn.MultiheadAttention(4, 2, kdim=3),
+            "head": nn.Linear(4, 4),
+        }
+    )
+    found = names(network)
+    lstm = [n for n in found if n.startswith("lstm")]
+    assert len(lstm) == 12
+    assert all(n.startswith("lstm.weight_") for n in lstm)
+    assert [n for n in found if not n.startswith("lstm")] == [
+        "conv1.weight",
+        "conv2.weight",
+        "conv3.weight",
+        "up.weight",
+        "cell.weight_ih",
+        "cell.weight_hh",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "mixed.q_proj_weight",
+        "mixed.k_proj_weight",
+        "mixed.v_proj_weight",
+        "mixed.out_proj.weight",
+        "head.weight",
+    ]
+
+
+def test_a_layer_alone_is_a_network():
+    assert names(nn.Linear(2, 2)) == ["weight"]
+
+
+def test_shared_layers_and_tied_weights_are_there_once():
+    shared = nn.Linear(4, 4)
+    tied = nn.Linear(4, 4)
+    tied.weight = shared.weight
+    assert names(nn.Sequential(shared, shared, tied)) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        ("7", ["0.weight", "3.weight", "9.weight"]),
+        ("[03]", ["7.weight", "9.weight"]),
+        (nn.Linear, ["0.weight", "3.weight"]),
+        (lambda name, layer: layer.weight.numel() < 300, ["3.weight", "7.weight"]),
+        (["0", nn.Linear], ["3.weight"]),
+    ],
+)
+def test_exclusion_by_glob_type_and_predicate(exclude, left):
+    assert names(small_network(), exclude=exclude) == left
+
+
+def test_an_exclusion_that_matches_nothing_lists_what_there_is():
+    with pytest.raises(ValueError, match=r"exclude: 'head' matches no layer; .*'0', '3', '7', '9'"):
+        names(small_network(), exclude="head")
+
+
+@pytest.mark.parametrize("exclude", [3, [nn.Linear, 3], int])
+def test_an_exclusion_of_a_wrong_type(exclude):
+    with pytest.raises(TypeError, match=r"exclude=.*: expected a glob over layer names"):
+        names(small_network(), exclude=exclude)
+
+
+def test_a_mapping_gives_each_layer_the_first_glob_that_matches():
+    _, targets = target_sparsity(small_network(), {"0": 0.1, "[0-3]": 0.5, "9": 0.7})
+    assert targets == {"0.weight": 0.1, "3.weight": 0.5, "9.weight": 0.7}
+
+
+def test_a_glob_that_matches_nothing_lists_what_there_is():
+    with pytest.raises(ValueError, match=r"sparsity: 'features.\*' matches no layer; .*'0', '3'"):
+        target_sparsity(small_network(), {"features.*": 0.5, "*": 0.9})
+
+
+def test_a_network_without_layers():
+    with pytest.raises(ValueError, match="Sequential has no layer to prune"):
+        target_sparsity(nn.Sequential(nn.BatchNorm1d(3)), 0.5)
+
+
+def test_lazy_layers_have_to_be_materialised_first():
+    with pytest.raises(ValueError, match=r"'0' \(LazyLinear\) has no weights yet; run one batch"):
+        names(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_computed_weights_are_left_and_named():
+    network = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 3)),
+        nn.Linear(3, 3),
+    )
+    assert names(network) == ["2.weight"]
+    assert computed_weights(network) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "error", "message"),
+    [
+        (90, ValueError, r"sparsity=90: expected a fraction in \[0, 1\), did you mean 0.9\?"),
+        (1.0, ValueError, r"sparsity=1.0: expected a fraction in \[0, 1\)$"),
+        (-0.1, ValueError, r"sparsity=-0.1"),
+        (float("nan"), ValueError, "sparsity=nan"),
+        ("0.9", TypeError, "sparsity='0.9'"),
+        (True, TypeError, "sparsity=True"),
+        (None, TypeError, "sparsity=None"),
+        ({"a": 90}, ValueError, r"sparsity\['a'\]=90: .*did you mean 0.9"),
+        ({}, ValueError, "expected at least one glob"),
+        ({nn.Linear: 0.5}, TypeError, "expected globs as keys"),
+    ],
+)
+def test_what_is_no_sparsity(sparsity, error, message):
+    with pytest.raises(error, match=message):
+        check_sparsity(sparsity)
+
+
+def test_scopes():
+    check_scope("layer", {"*": 0.5})
+    check_scope("global", 0.5)
+    with pytest.raises(ValueError, match="scope='network': expected 'layer' or 'global'"):
+        check_scope("network", 0.5)
+    with pytest.raises(ValueError, match="scope='global' with a mapping"):
+        check_scope("global", {"*": 0.5})
+
+
+def test_numpy_numbers_are_numbers():
+    check_sparsity(torch.tensor(0.5).numpy().item())
