@@ -1,0 +1,175 @@
+"""Data modules of images that are decoded once and augmented a batch at a time, on the device."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.io import decode_image
+from typing_extensions import override
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Images(Dataset[Batch]):
+    """Images (n, channels, height, width) uint8 and labels (n,), indexed by whole batches."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @override
+    def __getitem__(self, index: int) -> Batch:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """The whole batch at once, which is what the data loader asks for where it is offered."""
+        return self.images[indices], self.labels[indices]
+
+    def split(self, held_out: int) -> tuple["Images", "Images"]:
+        """All but ``held_out`` of the images, and those; always the same ones."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        kept, out = order[held_out:], order[:held_out]
+        return Images(*self.__getitems__(kept)), Images(*self.__getitems__(out))
+
+
+class ImageData(L.LightningDataModule):
+    """Loaders over images in memory; batches arrive normalized, those of training augmented."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmented = False
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.train, shuffle=True)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        return self._loader(self.validation) if len(self.validation) else []
+
+    @override
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.test)
+
+    @override
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        images, labels = batch
+        if self.augmented and self.trainer is not None and self.trainer.training:
+            images = crop_and_flip(images)
+        return self.normalize(images), labels
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Bytes (..., channels, height, width) as floats of about mean 0 and variance 1."""
+        mean, std = (
+            torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std)
+        )
+        return (images - mean) / std
+
+    def _loader(self, images: Images, shuffle: bool = False) -> DataLoader[Batch]:
+        return DataLoader(images, self.batch_size, shuffle=shuffle, collate_fn=_as_is)
+
+
+class Digits(ImageData):
+    """Scikit-learn's handwritten digits, (1, 8, 8): 1,257 to train on, 180 and 360 held out."""
+
+    mean, std = (4.88,), (6.02,)
+
+    def __init__(self, batch_size: int = 64) -> None:
+        super().__init__(batch_size)
+
+    @override
+    def setup(self, stage: str) -> None:
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).to(torch.uint8)[:, None]
+        rest, self.test = Images(images, torch.from_numpy(digits.target)).split(360)
+        self.train, self.validation = rest.split(180)
+
+
+class CIFAR10(ImageData):
+    """CIFAR-10, (3, 32, 32): 50,000 images to train on, 10,000 to test on.
+
+    Args:
+        data_dir: A folder with ``train/CLASS/*`` and ``test/CLASS/*`` images; or the one where
+            torchvision keeps the original, which it downloads if need be.
+        batch_size: Images a batch.
+        held_out: How many training images are kept for validation instead.
+    """
+
+    mean = (0.4914 * 255, 0.4822 * 255, 0.4465 * 255)
+    std = (0.2470 * 255, 0.2435 * 255, 0.2616 * 255)
+    augmented = True
+
+    def __init__(
+        self, data_dir: str | Path = "data", batch_size: int = 128, held_out: int = 5000
+    ) -> None:
+        super().__init__(batch_size)
+        self.data_dir, self.held_out = Path(data_dir), held_out
+
+    @property
+    def is_image_folder(self) -> bool:
+        """Whether ``data_dir`` holds the images as files."""
+        return (self.data_dir / "train").is_dir() and (self.data_dir / "test").is_dir()
+
+    @override
+    def prepare_data(self) -> None:
+        if not self.is_image_folder:
+            datasets.CIFAR10(str(self.data_dir), download=True)
+
+    @override
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "test"):  # decoding takes some seconds, and every stage comes by
+            self.train, self.validation = self._read("train").split(self.held_out)
+            self.test = self._read("test")
+
+    def _read(self, part: str) -> Images:
+        if not self.is_image_folder:
+            original = datasets.CIFAR10(str(self.data_dir), train=part == "train")
+            pixels = torch.from_numpy(original.data).permute(0, 3, 1, 2).contiguous()
+            return Images(pixels, torch.tensor(original.targets))
+        folder = datasets.ImageFolder(str(self.data_dir / part))
+        with ThreadPoolExecutor() as pool:
+            images = pool.map(
+                partial(decode_image, mode="RGB"), (path for path, _ in folder.samples)
+            )
+            return Images(torch.stack(list(images)), torch.tensor(folder.targets))
+
+
+def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
+    """Shift each image by up to ``padding`` pixels, zeros behind it, and mirror half of them.
+
+    Args:
+        images: (batch, channels, height, width).
+        padding: The largest shift, in pixels.
+    """
+    batch, channels, height, width = images.shape
+    device = images.device
+    padded = F.pad(images, [padding] * 4)
+    shift = torch.randint(2 * padding + 1, (2, batch, 1), device=device)
+    rows = shift[0] + torch.arange(height, device=device)
+    columns = shift[1] + torch.arange(width, device=device)
+    mirrored = torch.rand(batch, 1, device=device) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    return padded[
+        torch.arange(batch, device=device)[:, None, None, None],
+        torch.arange(channels, device=device)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
