@@ -2,5 +2,6 @@
 
 from slimnets.pruning import GradualPrune as GradualPrune
 from slimnets.pruning import prune as prune
+from slimnets.resume import ExactResume as ExactResume
 
-__all__ = ["GradualPrune", "prune"]
+__all__ = ["ExactResume", "GradualPrune", "prune"]

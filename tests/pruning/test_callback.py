@@ -185,7 +185,7 @@ def test_a_users_schedule_and_criterion(make_trainer):
 
 def test_the_state_dict_keeps_its_keys_and_loads_into_a_plain_network(make_trainer):
     keys = list(Classifier().state_dict())
-    module, _, trainer = run(make_trainer, GradualPrune(0.9))
+    module, *_ = run(make_trainer, GradualPrune(0.9))
     assert list(module.state_dict()) == keys
     Classifier().load_state_dict(module.state_dict())
     copied = copy.deepcopy(module)
@@ -284,7 +284,7 @@ class LearningRate(Classifier):
 
 
 class Manual(Classifier):
-    """Two optimizers, one of which steps twice as often, one of them without Lightning's wrapper."""
+    """Two optimizers; one steps twice as often, without Lightning's wrapper."""
 
     def __init__(self):
         super().__init__(small_network(norm=False))

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from torch import nn
+
+from slimnets.layers import (
+    as_selectors,
+    assign,
+    compressed_network,
+    is_parametrized,
+    names_of,
+    replace,
+    without,
+)
+
+
+def layers():
+    return {"a.0": nn.Linear(2, 2), "a.1": nn.Conv2d(1, 1, 1), "b": nn.Linear(2, 2)}
+
+
+def test_the_first_glob_that_matches_wins_whatever_comes_later():
+    assert assign({"a.*": 1, "*": 2}, layers(), "r") == {"a.0": 1, "a.1": 1, "b": 2}
+    assert assign({"*": 2, "a.*": 1}, layers(), "r") == {"a.0": 2, "a.1": 2, "b": 2}
+    assert assign({"b": 3}, layers(), "r") == {"b": 3}
+
+
+def test_globs_are_case_sensitive_and_cross_dots():
+    with pytest.raises(ValueError, match=r"r: 'A\.\*' matches no layer; the layers are: 'a.0'"):
+        assign({"A.*": 1}, layers(), "r")
+    assert assign({"a*0": 1}, layers(), "r") == {"a.0": 1}
+
+
+def test_without():
+    assert list(without(layers(), as_selectors(nn.Linear, "exclude"))) == ["a.1"]
+    assert list(without(layers(), as_selectors(["b", "a.1"], "exclude"))) == ["a.0"]
+    with pytest.raises(ValueError, match="exclude: LSTM matches no layer"):
+        without(layers(), as_selectors(nn.LSTM, "exclude"))
+
+
+def test_replace_puts_the_new_layer_wherever_the_old_one_stood():
+    shared = nn.Linear(2, 2)
+    network = nn.Sequential(shared, nn.ModuleDict({"again": shared}))
+    new = nn.Identity()
+    assert names_of(network, shared) == ["0", "1.again"]
+    assert replace(network, "0", new) is network
+    assert network[0] is new
+    assert network[1]["again"] is new
+    assert replace(shared, "", new) is new
+
+
+def test_the_compressed_network_is_found_through_wrappers():
+    network = nn.Linear(2, 2)
+
+    class Wrapper(nn.Module):
+        @property
+        def compressed_network(self):
+            return network
+
+    assert compressed_network(network) is network
+    assert compressed_network(Wrapper()) is network
+    assert compressed_network(torch.compile(network)) is network
+
+
+def test_is_parametrized():
+    assert not is_parametrized(nn.Linear(2, 2))
+    assert is_parametrized(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    assert not is_parametrized(nn.ReLU())
