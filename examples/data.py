@@ -1,18 +1,17 @@
 """Data modules of images that are decoded once and augmented a batch at a time, on the device."""
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.io import decode_image
 from typing_extensions import override
 
 Batch = tuple[Tensor, Tensor]
@@ -138,14 +137,13 @@ class CIFAR10(ImageData):
     def _read(self, part: str) -> Images:
         if not self.is_image_folder:
             original = datasets.CIFAR10(str(self.data_dir), train=part == "train")
-            pixels = torch.from_numpy(original.data).permute(0, 3, 1, 2).contiguous()
-            return Images(pixels, torch.tensor(original.targets))
-        folder = datasets.ImageFolder(str(self.data_dir / part))
+            return Images(_channels_first(original.data), torch.tensor(original.targets))
+        folder = datasets.ImageFolder(str(self.data_dir / part), transform=np.asarray)
         with ThreadPoolExecutor() as pool:
-            images = pool.map(
-                partial(decode_image, mode="RGB"), (path for path, _ in folder.samples)
+            pixels = np.stack(
+                [image for image, _ in pool.map(folder.__getitem__, range(len(folder)))]
             )
-            return Images(torch.stack(list(images)), torch.tensor(folder.targets))
+        return Images(_channels_first(pixels), torch.tensor(folder.targets))
 
 
 def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
@@ -169,6 +167,10 @@ def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
         rows[:, None, :, None],
         columns[:, None, None, :],
     ]
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _as_is(batch: Batch) -> Batch:
