@@ -1,0 +1,254 @@
+"""From steps and the shape of the input to the table that the engine runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from slimnets.acceleration import engine
+from slimnets.acceleration.layout import Layout, block, block_size, tiling
+from slimnets.acceleration.steps import (
+    Add,
+    Clamp,
+    Concat,
+    Conv,
+    Linear,
+    NonZeros,
+    Pool,
+    Shape,
+    Step,
+)
+
+SLACK = 4096
+"""Floats before and after the arena, for tiles that read past the end of a value."""
+
+FIELDS = 24
+
+
+@dataclass
+class Table:
+    """Steps for one shape and number of samples, and how much memory they run in."""
+
+    ops: Any
+    floats: Any
+    arena: int
+    scratch: int
+    outputs: list[Shape]
+    products: int
+    keep: list[Any] = field(repr=False)
+
+
+def build(
+    steps: Sequence[Step],
+    inputs: Sequence[tuple[int, Shape]],
+    outputs: Sequence[int],
+    samples: int,
+) -> Table:
+    """The table for images of these shapes.
+
+    Raises:
+        ValueError: If a step cannot be done on its shapes.
+    """
+    shapes = dict(inputs)
+    for step in steps:
+        shapes[step.target] = step.shape(*(shapes[s] for s in step.sources))
+    return _Builder(steps, inputs, outputs, samples, shapes).table()
+
+
+class _Builder:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        inputs: Sequence[tuple[int, Shape]],
+        outputs: Sequence[int],
+        samples: int,
+        shapes: dict[int, Shape],
+    ) -> None:
+        self.steps, self.inputs, self.outputs = steps, inputs, outputs
+        self.samples, self.shapes = samples, shapes
+        self.margins = self._margins()
+        self.last_use = {s: i for i, step in enumerate(steps) for s in step.sources}
+        self.last_use.update(dict.fromkeys(outputs, len(steps)))
+        self.ops: list[list[int]] = []
+        self.floats: list[tuple[float, float, float]] = []
+        self.keep: list[Any] = []
+        self.places: dict[int, int] = {}
+        self.free: dict[Layout, list[int]] = {}
+        self.end, self.scratch, self.products = SLACK, 16, 0
+
+    def table(self) -> Table:
+        for number, (value, _) in enumerate(self.inputs):
+            self._border(engine.IMPORT, number, value)
+        for i, step in enumerate(self.steps):
+            getattr(self, f"_{type(step).__name__.lower()}")(step)
+            for source in set(step.sources) | {step.target}:
+                if self.last_use.get(source, -1) <= i:
+                    self._release(source)
+        for number, value in enumerate(self.outputs):
+            self._border(engine.EXPORT, len(self.inputs) + number, value)
+        ops = np.zeros((len(self.ops), FIELDS), np.int64)
+        for i, op in enumerate(self.ops):
+            ops[i, : len(op)] = op
+        floats = np.array(self.floats, np.float32).reshape(-1, 3)
+        shapes = [self.shapes[v] for v in self.outputs]
+        end = self.end + SLACK
+        return Table(ops, floats, end, self.scratch, shapes, self.products, self.keep)
+
+    def _margins(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Zeros around all images of one size, so that values can be added as they lie."""
+        margins: dict[tuple[int, int], tuple[int, int]] = {}
+        for step in self.steps:
+            if isinstance(step, Conv) and step.stride == (1, 1):
+                shape = self.shapes[step.sources[0]]
+                top, left = margins.get((shape.height, shape.width), (0, 0))
+                p = step.padding
+                margins[shape.height, shape.width] = max(top, *p[:2]), max(left, *p[2:])
+        return margins
+
+    def _layout(self, value: int) -> Layout:
+        shape = self.shapes[value]
+        top, left = self.margins.get((shape.height, shape.width), (0, 0))
+        return Layout(shape, self.samples, top, left)
+
+    def _allocate(self, layout: Layout) -> int:
+        """A place in the arena; one that held the same layout has its zero margins already."""
+        if self.free.get(layout):
+            return self.free[layout].pop()
+        place, self.end = self.end, self.end + -(-layout.floats // 16) * 16
+        return place
+
+    def _release(self, value: int) -> None:
+        self.free.setdefault(self._layout(value), []).append(self.places.pop(value))
+
+    def _target(self, value: int) -> int:
+        self.places[value] = self._allocate(self._layout(value))
+        return self.places[value]
+
+    def _emit(self, op: list[int], step: Step | None = None, scale: float = 1.0) -> None:
+        self.ops.append(op)
+        limits = (step.low, step.high) if step else (-np.inf, np.inf)
+        self.floats.append((scale, *limits))
+
+    def _array(self, values: Any, kind: Any) -> int:
+        array = np.ascontiguousarray(values, kind)
+        self.keep.append(array)
+        return int(array.ctypes.data)
+
+    def _border(self, code: int, number: int, value: int) -> None:
+        at = self._target(value) if code == engine.IMPORT else self.places[value]
+        layout, s = self._layout(value), self.shapes[value]
+        place = [layout.plane, layout.row, layout.base]
+        self._emit([code, number, at, s.channels, s.height, s.width, self.samples, *place])
+
+    def _linear(self, step: Linear) -> None:
+        image = self.shapes[step.sources[0]]
+        conv = Conv(
+            step.sources,
+            step.target,
+            step.low,
+            step.high,
+            weight=step.sparse(image),
+            bias=step.bias,
+            kernel=(image.height, image.width),
+        )
+        self._conv(conv)
+
+    def _conv(self, step: Conv) -> None:
+        source, at = self._layout(step.sources[0]), self.places[step.sources[0]]
+        residual = self.places[step.sources[1]] if len(step.sources) > 1 else -1
+        target = self._target(step.target)
+        image, weight = self._layout(step.target), step.weight
+        if step.stride == (1, 1):
+            offsets, pitch = self._taps(step, source), source.pitch
+        else:
+            phases = _Phases(step, source.shape, image, self.samples)
+            offsets, pitch = phases.offsets(weight), phases.layout.pitch
+            at = self._split(source, at, phases)
+        tiles = tiling(image, pitch)
+        blocked = block(weight, block_size(step, weight, tiles, self.samples))
+        self.scratch = max(self.scratch, weight.outputs * tiles.rows * tiles.width)
+        self.products += len(weight.values) * image.shape.height * image.shape.width * self.samples
+        op = [engine.CONV, at, target]
+        op += [self._array(weight.values[blocked.order], np.float32)]
+        op += [self._array(offsets[blocked.order], np.int32)]
+        op += [self._array(blocked.pointers, np.int32), self._array(blocked.rows, np.int32)]
+        op += [blocked.blocks, weight.outputs, tiles.x_step, tiles.y_step]
+        op += [self._array(tiles.starts, np.int32), len(tiles.starts), tiles.kind]
+        op += [self._array(step.bias, np.float32), residual]
+        op += [self._array(image.mask(), np.int32) if tiles.masked else 0, image.plane]
+        self._emit(op, step)
+
+    def _taps(self, step: Conv, source: Layout) -> Any:
+        """Where each non-zero reads, relative to the input of the first output."""
+        weight = step.weight
+        y = weight.ky * step.dilation[0] + source.top - step.padding[0]
+        x = weight.kx * step.dilation[1] + source.left - step.padding[2]
+        return weight.channel * source.plane + (y * source.pitch + x) * self.samples
+
+    def _split(self, source: Layout, at: int, phases: "_Phases") -> int:
+        """Gather the rows and columns that a strided convolution reads, phase by phase."""
+        layout, s = phases.layout, source.shape
+        place = self._allocate(layout)
+        for number, (y, x) in enumerate(phases.used):
+            op = [engine.PHASE, at, place + number * layout.plane, s.channels, self.samples]
+            op += [s.height, s.width, source.row, source.base, source.plane]
+            op += [layout.row, len(phases.used) * layout.plane, *phases.stride]
+            op += [y - phases.padding[0], x - phases.padding[2]]
+            self._emit([*op, layout.shape.height, layout.shape.width])
+        return place
+
+    def _pool(self, step: Pool) -> None:
+        source, image = self._layout(step.sources[0]), self._layout(step.target)
+        at, s, o = self.places[step.sources[0]], source.shape, image.shape
+        kernel = step.window(s)
+        op = [engine.POOL, at, self._target(step.target), s.channels, self.samples]
+        op += [s.height, s.width, source.row, source.base, source.plane]
+        op += [o.height, o.width, image.row, image.base, image.plane, *kernel, *step.stride]
+        op += [*step.padding, *step.dilation, int(step.maximum)]
+        self._emit(op, step, 1.0 if step.maximum else 1.0 / (kernel[0] * kernel[1]))
+
+    def _add(self, step: Add) -> None:
+        a, b = (self.places[s] for s in step.sources)
+        floats = self._layout(step.target).floats
+        self._emit([engine.ADD, a, self._target(step.target), b, floats], step)
+
+    def _clamp(self, step: Clamp) -> None:
+        at, floats = self.places[step.sources[0]], self._layout(step.target).floats
+        self._emit([engine.COPY, at, self._target(step.target), 0, floats], step)
+
+    def _concat(self, step: Concat) -> None:
+        to = self._target(step.target)
+        for source in step.sources:
+            layout = self._layout(source)
+            self._emit([engine.COPY, self.places[source], to, 0, layout.floats], step)
+            to += layout.floats
+
+
+class _Phases:
+    """The input of a strided convolution, cut so that the convolution has stride one."""
+
+    def __init__(self, step: Conv, image: Shape, target: Layout, samples: int) -> None:
+        self.stride, self.padding, self.dilation = step.stride, step.padding, step.dilation
+        top, bottom, left, right = step.padding
+        height = -(-(image.height + top + bottom) // step.stride[0])
+        width = -(-(image.width + left + right) // step.stride[1])
+        taps = [(y, x) for y in range(step.kernel[0]) for x in range(step.kernel[1])]
+        self.used = sorted({self._phase(y, x) for y, x in taps})
+        shape = Shape(image.channels * len(self.used), height, width)
+        # with the pitch of the output, tiles can run on over the ends of rows
+        self.layout = Layout(shape, samples, gap=max(target.pitch - width, 0))
+
+    def _phase(self, ky: int, kx: int) -> tuple[int, int]:
+        return ky * self.dilation[0] % self.stride[0], kx * self.dilation[1] % self.stride[1]
+
+    def offsets(self, weight: NonZeros) -> Any:
+        """Where each non-zero reads, relative to the input of the first output."""
+        y, x = weight.ky * self.dilation[0], weight.kx * self.dilation[1]
+        sh, sw = self.stride
+        number = np.zeros((sh, sw), np.int64)
+        for i, phase in enumerate(self.used):
+            number[phase] = i
+        plane = weight.channel * len(self.used) + number[y % sh, x % sw]
+        layout = self.layout
+        return plane * layout.plane + (y // sh * layout.pitch + x // sw) * layout.samples

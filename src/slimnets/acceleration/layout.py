@@ -1,0 +1,173 @@
+"""Where the samples, pixels and channels of a value lie in the engine's arena."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from slimnets.acceleration.steps import Conv, Ints, NonZeros, Shape
+
+L1_BYTES = 28 * 1024
+"""What a block of input channels may take of the first-level cache (32 KiB on most cores)."""
+
+SHORTEST_ROW = 8
+"""Non-zeros that a row should have in a block, else loading and storing its sums costs more."""
+
+# (rows, width) of the engine's register tiles, in its order
+KINDS = ((1, 1), (1, 4), (1, 8), (1, 16), (1, 32), (1, 64), (2, 32), (4, 16), (8, 8), (4, 4))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A value as (channel, row, column, sample), with zeros around every image.
+
+    A column of zeros stands between rows once, not twice: it is the right margin of one row and
+    the left margin of the next.
+    """
+
+    shape: Shape
+    samples: int
+    top: int = 0
+    left: int = 0
+    gap: int | None = None
+
+    @property
+    def pitch(self) -> int:
+        """Pixels from one row to the next."""
+        return self.shape.width + (self.left if self.gap is None else self.gap)
+
+    @property
+    def row(self) -> int:
+        """Floats from one row to the next."""
+        return self.pitch * self.samples
+
+    @property
+    def base(self) -> int:
+        """Floats from the start of a channel to its first pixel."""
+        return (self.top * self.pitch + self.left) * self.samples
+
+    @property
+    def plane(self) -> int:
+        """Floats from one channel to the next."""
+        size = ((self.shape.height + 2 * self.top) * self.pitch + self.left) * self.samples
+        if size > self.samples:
+            size = -(-size // 16) * 16
+        # channels a multiple of 512 bytes apart would share a few sets of the first-level cache
+        return size + 16 if size % 128 == 0 else size
+
+    @property
+    def floats(self) -> int:
+        """Floats of all channels."""
+        return self.plane * self.shape.channels
+
+    def mask(self) -> Ints:
+        """All bits set where a pixel is, none in the margins, for one channel."""
+        mask = np.zeros(self.plane + 64, np.int32)
+        for r in range(self.shape.height):
+            start = self.base + r * self.row
+            mask[start : start + self.shape.width * self.samples] = -1
+        return mask  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the outputs of one channel are cut into register tiles."""
+
+    kind: int
+    x_step: int
+    y_step: int
+    starts: Ints  # (tiles, 2): where a tile starts in the input, and in the output
+    masked: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return KINDS[self.kind][0]
+
+    @property
+    def width(self) -> int:
+        """Floats in a row of a tile."""
+        return KINDS[self.kind][1]
+
+
+def tiling(image: Layout, pitch: int) -> Tiling:
+    """The cheapest way to cut ``image``, computed from an input with ``pitch`` pixels a row."""
+    options = []
+    for kind in range(len(KINDS)):
+        if pitch == image.pitch and KINDS[kind][0] == 1:
+            options.append(_along(image, kind))
+        options.append(_across(image, kind, pitch))
+    return min((t for t in options if t is not None), key=_cost)
+
+
+def _cost(t: Tiling) -> float:
+    """Cycles for one non-zero of every tile: vectors of eight, and its address and value."""
+    return len(t.starts) * (t.rows * max(1, t.width / 8) * 0.55 + 0.7)
+
+
+def _along(image: Layout, kind: int) -> Tiling | None:
+    """Tiles along all rows and the gaps between them, which the mask sets back to zero."""
+    width = KINDS[kind][1]
+    length = (image.shape.height - 1) * image.row + image.shape.width * image.samples
+    if length < width and image.base + width > image.plane:
+        return None
+    starts = np.minimum(np.arange(0, length, width), max(length - width, 0))
+    whole = image.pitch == image.shape.width and length >= width
+    return Tiling(
+        kind, width, width, np.stack([starts, starts + image.base], 1), masked=not whole
+    )
+
+
+def _across(image: Layout, kind: int, pitch: int) -> Tiling | None:
+    """Tiles of some rows each, without the gaps."""
+    rows, width = KINDS[kind]
+    length = image.shape.width * image.samples
+    if length < width or image.shape.height < rows:
+        return None
+    columns = np.minimum(np.arange(0, length, width), length - width)
+    lines = np.minimum(np.arange(0, image.shape.height, rows), image.shape.height - rows)
+    x = lines[:, None] * pitch * image.samples + columns
+    y = lines[:, None] * image.row + columns + image.base
+    starts = np.stack([x.ravel(), y.ravel()], 1)
+    return Tiling(kind, pitch * image.samples, image.row, starts, masked=False)
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """Non-zeros sorted by block of input channels, then by output row."""
+
+    blocks: int
+    order: Ints  # of the non-zeros
+    rows: Ints  # (blocks * outputs): the output rows of each block, longest first
+    pointers: Ints  # (blocks * outputs + 1): where each begins
+
+
+def block(weight: NonZeros, channels: int) -> Blocked:
+    """Sort ``weight`` into blocks of ``channels`` input channels.
+
+    Rows of one block are sorted by length, so that the end of the inner loop is predicted.
+    """
+    which = weight.local // channels
+    blocks = int(which.max()) + 1 if len(which) else 1
+    counts = np.bincount(which * weight.outputs + weight.row, minlength=blocks * weight.outputs)
+    counts = counts.reshape(blocks, weight.outputs)
+    rows = np.argsort(-counts, axis=1, kind="stable")
+    rank = np.empty_like(rows)
+    np.put_along_axis(rank, rows, np.arange(weight.outputs)[None], axis=1)
+    order = np.lexsort((weight.channel, rank[which, weight.row], which))
+    lengths = np.take_along_axis(counts, rows, axis=1).ravel()
+    return Blocked(blocks, order, rows.ravel(), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def block_size(conv: Conv, weight: NonZeros, tiles: Tiling, samples: int) -> int:
+    """Input channels of a block: what fits the first-level cache, unless rows get too short."""
+    if not len(weight.values):
+        return 1
+    reach = [d * (k - 1) for k, d in zip(conv.kernel, conv.dilation, strict=True)]
+    footprint = 4 * (tiles.rows + reach[0]) * (tiles.width + reach[1] * samples)
+    channels = int(weight.local.max()) + 1
+    fitting = max(1, L1_BYTES // footprint)
+    affordable = max(1, len(weight.values) // (weight.outputs * SHORTEST_ROW))
+    blocks = min(-(-channels // fitting), affordable)
+    return -(-channels // blocks)
+
+

@@ -1,0 +1,168 @@
+"""A part of a network that the sparse engine computes, as a module."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimnets.acceleration.build import Table, build
+from slimnets.acceleration.engine import interpret
+from slimnets.acceleration.steps import Shape, Step
+from slimnets.acceleration.threads import together
+
+ARENA_BYTES = 16 << 20
+"""What the activations of the samples computed at once may take: most of a last-level cache."""
+
+MOST_SAMPLES = 256
+SHAPES_KEPT = 8
+PRODUCTS_WORTH_A_THREAD = 200_000
+
+
+@dataclass(frozen=True)
+class Port:
+    """How a value enters or leaves: images keep their form, features are the last dimension."""
+
+    value: int
+    features: bool
+
+
+class _Plan:
+    """Tables for one shape of input, one for each number of samples, and their arenas."""
+
+    def __init__(
+        self, steps: Sequence[Step], inputs: list[tuple[int, Shape]], outputs: list[int]
+    ) -> None:
+        self.arguments = (steps, inputs, outputs)
+        self.inputs = [shape for _, shape in inputs]
+        self.tables: dict[int, Table] = {}
+        self.arenas: dict[int, list[Any]] = {}
+        self.lock = threading.Lock()
+        bytes_of_one = self.table(1).arena * 4
+        most = max(1, min(MOST_SAMPLES, ARENA_BYTES // bytes_of_one))
+        self.most = 1 << (most.bit_length() - 1)
+
+    def table(self, samples: int) -> Table:
+        with self.lock:
+            if samples not in self.tables:
+                self.tables[samples] = build(*self.arguments, samples)
+            return self.tables[samples]
+
+    def run(self, samples: int, io: Any, most_threads: int) -> None:
+        table = self.table(samples)
+        threads = max(1, min(most_threads, table.products // PRODUCTS_WORTH_A_THREAD))
+        arenas = self.arenas.setdefault(samples, [])
+        try:  # not shared between Python threads; pop and append are atomic
+            memory = arenas.pop()
+        except IndexError:
+            memory = _zeros(table.arena + most_threads * table.scratch + 64)
+        base = int(memory.ctypes.data)
+        barrier = np.zeros(16, np.int64)
+
+        def job(thread: int, threads: int) -> None:
+            scratch = base + 4 * (table.arena + thread * table.scratch)
+            at = (base, scratch, io, int(barrier.ctypes.data), thread, threads)
+            interpret(table.ops, table.floats, *at)
+
+        together(job, threads)
+        arenas.append(memory)
+
+
+def _zeros(floats: int) -> Any:
+    memory = np.zeros(floats + 16, np.float32)
+    first = -memory.ctypes.data // 4 % 16
+    return memory[first:]  # at a cache line
+
+
+class Region(nn.Module):
+    """Computes ``steps`` with the sparse engine; other shapes and types in PyTorch.
+
+    Args:
+        steps: What to compute, in order.
+        inputs: The values that the arguments of ``forward`` are.
+        outputs: The values to return: a tensor if there is one, else a tuple.
+        fallback: The same part of the network in PyTorch.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        inputs: Sequence[Port],
+        outputs: Sequence[Port],
+        fallback: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.steps, self.inputs, self.outputs = list(steps), list(inputs), list(outputs)
+        self.fallback = fallback
+        self._forget()
+
+    def _forget(self) -> None:
+        self.plans: OrderedDict[tuple[Shape, ...], _Plan | None] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("plans", "lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """The outputs for ``tensors``, which lie on the CPU in float32."""
+        plan, batch = self._plan(tensors)
+        if plan is None or batch == 0:
+            return self.fallback(*tensors)
+        tensors = tuple(t.contiguous() for t in tensors)
+        lead = tensors[0].shape[:-1] if self.inputs[0].features else tensors[0].shape[:1]
+        results = []
+        for port, shape in zip(self.outputs, plan.table(1).outputs, strict=True):
+            tail = (shape.size,) if port.features else (shape.channels, shape.height, shape.width)
+            results.append(torch.empty(*lead, *tail))
+        self._compute(plan, batch, tensors, results)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _compute(
+        self, plan: _Plan, batch: int, tensors: Sequence[Tensor], results: Sequence[Tensor]
+    ) -> None:
+        addresses = np.array([t.data_ptr() for t in (*tensors, *results)], np.int64)
+        sizes = [s.size for s in (*plan.inputs, *plan.table(1).outputs)]
+        steps = 4 * np.array(sizes, np.int64)
+        threads = torch.get_num_threads()
+        done = 0
+        while done < batch:
+            samples = min(plan.most, 1 << ((batch - done).bit_length() - 1))
+            plan.run(samples, addresses + done * steps, threads)
+            done += samples
+
+    def _plan(self, tensors: Sequence[Tensor]) -> tuple[_Plan | None, int]:
+        shapes, batches = [], set()
+        for tensor, port in zip(tensors, self.inputs, strict=True):
+            if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+                return None, 0
+            if tensor.dim() < 2 or (not port.features and tensor.dim() != 4):
+                return None, 0
+            size = tensor.shape
+            shapes.append(Shape(size[-1], 1, 1) if port.features else Shape(*size[1:]))
+            batches.add(tuple(size[:-1]) if port.features else (size[0],))
+        if len(batches) != 1 or any(s.size == 0 for s in shapes):
+            return None, 0
+        return self._plan_for(tuple(shapes)), int(np.prod(batches.pop()))
+
+    def _plan_for(self, shapes: tuple[Shape, ...]) -> _Plan | None:
+        with self.lock:
+            if shapes in self.plans:
+                self.plans.move_to_end(shapes)
+                return self.plans[shapes]
+            inputs = [(p.value, s) for p, s in zip(self.inputs, shapes, strict=True)]
+            try:
+                plan = _Plan(self.steps, inputs, [p.value for p in self.outputs])
+            except ValueError:
+                plan = None
+            self.plans[shapes] = plan
+            if len(self.plans) > SHAPES_KEPT:
+                self.plans.popitem(last=False)
+            return plan
