@@ -31,7 +31,6 @@ class Endless(IterableDataset):
         ({"max_epochs": 3, "accumulate_grad_batches": 4}, ()),
         ({"max_epochs": 5, "accumulate_grad_batches": 7}, ()),
         ({"max_epochs": 4}, [GradientAccumulationScheduler({0: 2, 2: 3, 3: 1})]),
-        ({"max_epochs": 4}, [StochasticWeightAveraging(0.01, swa_epoch_start=2)]),
         ({"max_epochs": 4, "max_steps": 9}, ()),
         ({"max_epochs": -1, "max_steps": 9}, ()),
         ({"max_epochs": 2, "limit_train_batches": 0.5}, ()),
@@ -44,6 +43,15 @@ def test_the_length_of_a_run(make_trainer, arguments, callbacks):
     trainer = make_trainer(callbacks=[*callbacks, predict], **arguments)
     trainer.fit(Classifier(), small_data(), small_data(8))
     assert trainer.global_step == predict.predicted
+
+
+def test_the_epoch_that_swa_adds_for_batch_norm_is_not_counted(make_trainer):
+    predict = Predict()
+    swa = StochasticWeightAveraging(0.01, swa_epoch_start=2)
+    trainer = make_trainer(max_epochs=4, callbacks=[swa, predict])
+    trainer.fit(Classifier(), small_data(), small_data(8))
+    assert predict.predicted == 4 * 6
+    assert trainer.current_epoch == 5
 
 
 def test_a_loader_without_length_has_no_length(make_trainer):
