@@ -19,8 +19,8 @@ class ExactResume(L.Callback):
     bit for bit; from the middle of an epoch it does if the training loader keeps its place, as
     torchdata's ``StatefulDataLoader`` does.
 
-    Kept are Python's, NumPy's and torch's global generators, on the CPU and on CUDA devices, of every
-    process.
+    Kept are Python's, NumPy's and torch's global generators, on the CPU and on CUDA devices, of
+    every process.
 
     Examples:
         >>> trainer = L.Trainer(max_epochs=10, callbacks=[ExactResume()], logger=False)
@@ -82,7 +82,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
+    name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
         "python": [version, list(internal), gauss_next],
