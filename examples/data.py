@@ -1,6 +1,5 @@
 """Data modules of images that are decoded once and augmented a batch at a time, on the device."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +138,7 @@ class CIFAR10(ImageData):
             original = datasets.CIFAR10(str(self.data_dir), train=part == "train")
             return Images(_channels_first(original.data), torch.tensor(original.targets))
         folder = datasets.ImageFolder(str(self.data_dir / part), transform=np.asarray)
-        with ThreadPoolExecutor() as pool:
-            pixels = np.stack(
-                [image for image, _ in pool.map(folder.__getitem__, range(len(folder)))]
-            )
+        pixels = np.stack([image for image, _ in folder])
         return Images(_channels_first(pixels), torch.tensor(folder.targets))
 
 
