@@ -1,0 +1,70 @@
+"""A checkpoint of Lightning to one small file, without a Trainer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from slimnets.artifact.container import PathLike, naming, pack, write
+from slimnets.artifact.file import plain_name
+from slimnets.artifact.streams import ArtifactError
+
+
+def convert_checkpoint(
+    checkpoint: PathLike | Mapping[str, Any],
+    path: PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    network: str | None = None,
+) -> None:
+    """Write the weights in a checkpoint of Lightning as :func:`slimnets.save` writes a network's.
+
+    A checkpoint written under ``WeightAveraging`` holds the averages, so the file does too.
+
+    Args:
+        checkpoint: A ``.ckpt`` file, read without executing anything in it. If it holds objects
+            that this refuses and you trust it, pass ``torch.load(path, weights_only=False)``.
+        path: Where to.
+        dtype: As for :func:`slimnets.save`; int8 scales run along each weight's first dimension,
+            as a checkpoint does not say which layers are transposed.
+        network: The submodule whose weights to take, ``""`` for all. By default ``"student"`` if
+            there is nothing else in the checkpoint, as in those of a DistillationModule.
+
+    Raises:
+        ArtifactError: If ``checkpoint`` is not a whole checkpoint.
+        ValueError: If there is no such submodule, or ``dtype`` is unknown.
+        OSError: If a file cannot be read or written.
+    """
+    if isinstance(checkpoint, Mapping):
+        state = _state_dict(checkpoint)
+    else:
+        with naming(checkpoint):
+            state = _state_dict(_loaded(checkpoint))
+    if network is None:
+        network = "student" if all(name.startswith("student.") for name in state) else ""
+    prefix = f"{network}." if network else ""
+    chosen = {
+        plain_name(name.removeprefix(prefix)): value
+        for name, value in state.items()
+        if name.startswith(prefix)
+    }
+    if not chosen:
+        places = sorted({name.partition(".")[0] for name in state})
+        raise ValueError(f"network={network!r}: the checkpoint has only {', '.join(places)}")
+    write(path, pack(chosen, dtype))
+
+
+def _loaded(path: PathLike) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged file, torch and pickle raise a dozen kinds
+        raise ArtifactError(f"cannot be read as a checkpoint: {error}") from error
+
+
+def _state_dict(checkpoint: Any) -> Mapping[str, Any]:
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping) or not state:
+        raise ArtifactError("not a checkpoint of Lightning: it has no 'state_dict'")
+    return state

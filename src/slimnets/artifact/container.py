@@ -1,0 +1,142 @@
+"""The safetensors file around the streams: written whole or not at all, read with distrust."""
+
+import os
+import secrets
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors import numpy as safetensors
+
+from slimnets.artifact.codec import STREAMS, encode, pool, tied
+from slimnets.artifact.index import VERSION, FileInfo, dump, parse
+from slimnets.artifact.streams import ArtifactError
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+
+def pack(
+    state: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    transposed: Collection[str] = (),
+) -> bytes:
+    """A state dict as the bytes of a file.
+
+    Args:
+        state: Key to tensor.
+        dtype: As for :func:`slimnets.save`.
+        transposed: Keys of weights whose output channels are their second dimension.
+
+    Raises:
+        ValueError: If ``dtype`` is none that is known.
+        TypeError: If a value of ``state`` cannot be stored.
+    """
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.int8):
+        raise ValueError(
+            f"save(dtype={dtype}): expected None for bit-exact, torch.float16, torch.bfloat16 or "
+            "torch.int8"
+        )
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"save: {name!r} is a {type(value).__name__}; only tensors can be stored without "
+                "pickle, so let get_extra_state return one"
+            )
+    ties = tied(state)
+    coded = {}
+    for name, tensor in state.items():
+        # Biases, norms and buffers are small, and too delicate for eight bits.
+        is_weight = tensor.dim() > 1 and "weight" in name.rpartition(".")[2]
+        stored = dtype if is_weight or dtype is not torch.int8 else None
+        if name not in ties:
+            try:
+                coded[name] = encode(tensor, stored, channel_dim=int(name in transposed))
+            except TypeError as error:
+                raise TypeError(f"save: {name!r}: {error}") from None
+    streams = pool([*coded.values()])
+    entries = {name: one.entry for name, one in coded.items()}
+    info = FileInfo(VERSION, entries, ties, _checksum(streams))
+    arrays = {name: np.frombuffer(data, np.uint8) for name, data in streams.items()}
+    return safetensors.save(arrays, metadata=dump(info))
+
+
+def inspect(path: PathLike) -> FileInfo:
+    """What a file of :func:`slimnets.save` holds, from its header alone.
+
+    Raises:
+        ArtifactError: If the header is damaged or that of another kind of file.
+        OSError: If the file cannot be read.
+    """
+    with _opened(path) as file:
+        return parse(file.metadata() or {})
+
+
+def read(path: PathLike) -> tuple[FileInfo, dict[str, bytes]]:
+    """The index of a file and its streams, still coded, but verified by their checksum.
+
+    Raises:
+        ArtifactError: If the file is damaged or of another kind.
+        OSError: If the file cannot be read.
+    """
+    with _opened(path) as file:
+        info = parse(file.metadata() or {})
+        names = set(file.keys())
+        if not names <= set(STREAMS):
+            raise ArtifactError(f"unknown streams {sorted(names - set(STREAMS))}")
+        streams = {}
+        for name in names:
+            if file.get_slice(name).get_dtype() != "U8":
+                raise ArtifactError(f"stream {name!r} is not of bytes")
+            streams[name] = file.get_tensor(name).tobytes()
+    if _checksum(streams) != info.checksum:
+        raise ArtifactError("the checksum is wrong: the file is damaged")
+    return info, streams
+
+
+def write(path: PathLike, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: If that fails; what was at ``path`` is still there.
+    """
+    target = Path(path).resolve()  # through a symbolic link, as an ordinary write goes
+    beside = target.with_name(f".slimnets-{secrets.token_hex(8)}.tmp")
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: PathLike) -> Iterator[None]:
+    """Let every :class:`ArtifactError` say which file it is about."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{os.fspath(path)}: {error}") from error.__cause__
+
+
+@contextmanager
+def _opened(path: PathLike) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise ArtifactError(f"not a whole safetensors file: {error}") from None
+
+
+def _checksum(streams: Mapping[str, bytes]) -> int:
+    checksum = 0
+    for name in STREAMS:
+        checksum = zlib.crc32(streams.get(name, b""), checksum)
+    return checksum
