@@ -14,6 +14,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "layers": set(),
     "trainer": {"layers"},
     "resume": set(),
+    "gate": set(),
     "pruning": {"layers", "trainer", "inspection"},
     "lowrank": {"layers", "trainer", "inspection"},
     "distillation": {"layers", "lowrank.modules"},
