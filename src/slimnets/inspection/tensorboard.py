@@ -72,7 +72,25 @@ def log_weights(trainer: L.Trainer, network: nn.Module, names: Iterable[str]) ->
 
 @_never_fails
 def log_summary(trainer: L.Trainer, network: nn.Module) -> None:
-    """Write the summary of ``network`` as a table under Text, and its totals to every logger."""
+    """Write the summary of ``network`` as a table under Text, and its totals to every logger.
+
+    Args:
+        trainer: The trainer whose loggers are written to; only TensorBoard's get the table.
+        network: The compressed network. If it, or the module around it, has an
+            ``example_input_array``, operations and latency are measured.
+    """
+    # imported late: the callbacks import this file, and the summary the layers beside them
+    from slimnets.inspection.summary import summarize
+
+    example_input = getattr(network, "example_input_array", None)
+    if example_input is None:
+        example_input = trainer.lightning_module.example_input_array
+    summary = summarize(network, example_input)
+    for writer in _writers(trainer):
+        writer.add_text("summary", summary.to_markdown(), trainer.global_step)
+    totals = {f"summary/{name}": value for name, value in summary.totals.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(totals, step=trainer.global_step)
 
 
 def mask_image(mask: Tensor) -> Tensor:

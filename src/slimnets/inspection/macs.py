@@ -1,0 +1,162 @@
+"""Multiply-accumulate operations of a forward pass, layer by layer."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+
+@dataclass
+class Macs:
+    """Multiply-accumulate operations: all of them, and those whose weight is not zero."""
+
+    dense: int = 0
+    effective: int = 0
+
+
+def count_macs(network: nn.Module, forward: Callable[[], object]) -> dict[str, Macs]:
+    """Count the multiply-accumulate operations of one forward pass, module by module.
+
+    Counted are convolutions, matrix products and recurrent layers, where PyTorch executes them:
+    in modules, in functions, in attention, as often as a shared layer is called. A product belongs
+    to the module that owns the weight in it; one without a weight of the network (attention's
+    scores, a weight that is computed) to the innermost module that is running, and counts in full.
+    Not counted are biases, norms, activations, pooling, embeddings, interpolation and operators of
+    other libraries. Padding counts as if it were multiplied, as everywhere in the field.
+
+    Args:
+        network: The network that ``forward`` runs.
+        forward: Runs the network once.
+
+    Returns:
+        Name of each module in ``network`` that multiplies, as in ``named_modules()``, to its count.
+    """
+    counter = _Counter(network)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    # the fast path is a single operator, in which no product can be seen
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), counter.watching(), counter:
+            forward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.found
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.modules = dict(network.named_modules())
+        self.owners: dict[int, list[str]] = {}
+        for name, module in self.modules.items():
+            for parameter in module.parameters(recurse=False):
+                self.owners.setdefault(_storage(parameter), []).append(name)
+        self.running = [""]
+        self.found: dict[str, Macs] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for name, module in self.modules.items():
+
+                def enter(*_: object, name: str = name) -> None:
+                    self.running.append(name)
+
+                def leave(*_: object) -> None:
+                    self.running.pop()
+
+                hooks.callback(module.register_forward_pre_hook(enter).remove)
+                hooks.callback(module.register_forward_hook(leave).remove)
+            yield
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        products = _PRODUCTS.get(func._overloadpacket.__name__)
+        if products is not None:
+            for macs, operands in products(out, *args):
+                self.add(macs, operands)
+        return out
+
+    def add(self, macs: int, operands: Sequence[Tensor]) -> None:
+        for operand in reversed(operands):  # the weight comes last, as in x @ W.T
+            owners = self.owners.get(_storage(operand))
+            if owners:
+                name = self.running[-1] if self.running[-1] in owners else owners[0]
+                effective = macs * int(operand.count_nonzero()) // max(1, operand.numel())
+                break
+        else:
+            name, effective = self.running[-1], macs
+        found = self.found.setdefault(name, Macs())
+        found.dense += macs
+        found.effective += effective
+
+
+Products = list[tuple[int, Sequence[Tensor]]]
+
+
+def _matmul(out: Tensor, a: Tensor, b: Tensor, *_: object) -> Products:
+    return [(a.numel() * (b.shape[-1] if b.dim() > 1 else 1), (a, b))]
+
+
+def _add_matmul(out: Tensor, added: Tensor, a: Tensor, b: Tensor, *_: object) -> Products:
+    return _matmul(out, a, b)
+
+
+def _convolution(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: object,
+    stride: object,
+    padding: object,
+    dilation: object,
+    transposed: bool,
+    *_: object,
+) -> Products:
+    positions = math.prod((x if transposed else out).shape[2:])
+    return [(len(x) * positions * weight.numel(), (weight,))]
+
+
+def _attention(out: object, query: Tensor, key: Tensor, value: Tensor, *_: object) -> Products:
+    keys, scores = key.shape[-2], query.numel() // query.shape[-1]
+    return [(scores * keys * (query.shape[-1] + value.shape[-1]), ())]
+
+
+def _onednn_rnn(out: object, x: Tensor, input: Tensor, hidden: Tensor, *_: object) -> Products:
+    steps = x.numel() // x.shape[-1]
+    return [(steps * weight.numel(), (weight,)) for weight in (input, hidden)]
+
+
+def _cudnn_rnn(out: object, x: Tensor, weights: Sequence[Tensor], *_: object) -> Products:
+    steps = x.numel() // x.shape[-1]
+    return [(steps * weight.numel(), (weight,)) for weight in weights if weight.dim() == 2]
+
+
+_PRODUCTS: dict[str, Callable[..., Products]] = {
+    "mm": _matmul,
+    "bmm": _matmul,
+    "mv": _matmul,
+    "addmm": _add_matmul,
+    "baddbmm": _add_matmul,
+    "addmv": _add_matmul,
+    "convolution": _convolution,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention": _attention,
+    "_scaled_dot_product_efficient_attention": _attention,
+    "_scaled_dot_product_cudnn_attention": _attention,
+    "mkldnn_rnn_layer": _onednn_rnn,
+    "_cudnn_rnn": _cudnn_rnn,
+}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,225 @@
+"""What is in a network and what it costs: weights, zeros, ranks, operations, bytes and time."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from slimnets.inspection import table
+from slimnets.inspection.latency import Spread, device_of, measure, undisturbed
+from slimnets.inspection.macs import count_macs
+from slimnets.inspection.rows import Row, count_rows, total
+from slimnets.layers import compressed_network
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The layers of a network, their total, and how it compares with a baseline.
+
+    ``print`` shows it as a table.
+
+    Attributes:
+        rows: One for each layer that owns tensors or multiplies.
+        total: Their sum; its kind is the network's type.
+        parameters: Elements of all parameters, biases and norms among them.
+        latency: Seconds that one forward pass of the example input takes.
+        speedup: How many times faster than the baseline, from pairs of passes in turn.
+        conditions: On what operations and latency were measured.
+        baseline: The summary of the baseline.
+    """
+
+    rows: tuple[Row, ...]
+    total: Row
+    parameters: int
+    latency: Spread | None = None
+    speedup: Spread | None = None
+    conditions: str | None = None
+    baseline: "Summary | None" = None
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """How many times more the baseline has of each, and how many times longer it takes."""
+        if self.baseline is None:
+            return {}
+        found = {}
+        for field in ("weights", "nonzeros", "bytes", "macs", "effective_macs"):
+            theirs, own = getattr(self.baseline.total, field), getattr(self.total, field)
+            if theirs is not None and own is not None:
+                found[field] = theirs / own if own else math.inf
+        return found | ({"latency": self.speedup.median} if self.speedup else {})
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """The known figures of the whole network by name; latency in seconds."""
+        fields = (
+            "weights",
+            "nonzeros",
+            "sparsity",
+            "bytes",
+            "dead_channels",
+            "macs",
+            "effective_macs",
+        )
+        found = {field: getattr(self.total, field) for field in fields}
+        found["latency"] = self.latency.median if self.latency else None
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as nested dictionaries and lists, ready for JSON."""
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "total": self.total.to_dict(),
+            "parameters": self.parameters,
+            "latency": asdict(self.latency) if self.latency else None,
+            "speedup": asdict(self.speedup) if self.speedup else None,
+            "conditions": self.conditions,
+            "baseline": self.baseline.to_dict() if self.baseline else None,
+            "ratios": self.ratios,
+        }
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        return self._shown_by(table.markdown)
+
+    def __str__(self) -> str:
+        return self._shown_by(table.text)
+
+    def _shown_by(self, show: Callable[..., str]) -> str:
+        fields = table.columns((*self.rows, self.total))
+        feet = [table.cells(self.total, fields)]
+        if self.baseline is not None:
+            feet.append(["baseline", *table.cells(self.baseline.total, fields)[1:]])
+            ratios = {field: table.times(ratio) for field, ratio in self.ratios.items()}
+            feet.append(["ratio", *(ratios.get(field, "") for field in fields[1:])])
+        body = [table.cells(row, fields) for row in table.folded(self.rows)]
+        return show(fields, body, feet, self._notes())
+
+    def _notes(self) -> list[str]:
+        counted = f"{self.parameters:,} parameters, biases and norms included"
+        if self.latency is None:
+            return [counted]
+        notes = [
+            f"{counted}; MACs and latency for {self.conditions}",
+            f"latency {_spread(self.latency)}",
+        ]
+        if self.speedup is not None and self.baseline is not None and self.baseline.latency:
+            notes[-1] += (
+                f", baseline {_spread(self.baseline.latency)}: {self.speedup.median:.2f}x as fast "
+                f"({self.speedup.first:.2f} to {self.speedup.third:.2f})"
+            )
+        return notes
+
+
+def summarize(
+    model: nn.Module, example_input: Any = None, *, baseline: nn.Module | None = None
+) -> Summary:
+    """Count what is in ``model`` and, given an input, measure what it costs to run.
+
+    The network runs in eval mode; training flags, batch norm's statistics and the random state are
+    as before afterwards. Latency is the median over forward passes under ``torch.inference_mode``
+    with as many threads as PyTorch is set to; a baseline takes turns with it, A B A B.
+
+    Args:
+        model: The network; of a :class:`slimnets.DistillationModule`, its student. A compiled
+            network is measured compiled.
+        example_input: What the network is called with: a tensor, a tuple of arguments or a
+            dictionary of keyword arguments. Default: a LightningModule's ``example_input_array``;
+            without one, operations and latency stay unknown.
+        baseline: A network to compare with, usually the one before its compression.
+
+    Returns:
+        The rows, their total and the ratios; print it for a table.
+
+    Raises:
+        TypeError: If ``model`` or ``baseline`` is not a network.
+        ValueError: If a lazy layer has no weights yet.
+
+    Examples:
+        >>> summary = summarize(nn.Linear(4, 2), torch.ones(1, 4))
+        >>> summary.total.weights, summary.total.macs
+        (8, 8)
+    """
+    _check("model", model)
+    models = [model]
+    if baseline is not None:
+        _check("baseline", baseline)
+        models.append(baseline)
+    networks = [compressed_network(one) for one in models]
+    if example_input is None:
+        example_input = getattr(networks[0], "example_input_array", None)
+    if example_input is None:
+        return _compare([_counted(network, None) for network in networks])
+
+    # a compiled student is unwrapped by compressed_network, but it is the compiled one that runs
+    running = [getattr(one, "compressed_network", one) for one in models]
+    with undisturbed(*running):
+        summaries = [_counted(network, example_input) for network in networks]
+        with torch.inference_mode():
+            forwards = [_forward(one, example_input) for one in running]
+            times = measure(*forwards, device=device_of(model))
+    return _compare(summaries, times, _conditions(networks[0], example_input))
+
+
+def _check(argument: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument}={model!r}: expected an nn.Module")
+    for name, parameter in compressed_network(model).named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{argument}: {name!r} has no values yet; run one batch through the network first"
+            )
+
+
+def _counted(network: nn.Module, example_input: Any) -> Summary:
+    macs = None
+    if example_input is not None:
+        macs = count_macs(network, _forward(network, example_input))
+    rows = count_rows(network, macs)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Summary(rows, total(rows, type(network).__name__), parameters)
+
+
+def _forward(network: nn.Module, example_input: Any) -> Callable[[], object]:
+    moved = move_data_to_device(example_input, device_of(network))
+    if isinstance(moved, Mapping):
+        return lambda: network(**moved)
+    if isinstance(moved, tuple):
+        return lambda: network(*moved)
+    return lambda: network(moved)
+
+
+def _compare(
+    summaries: list[Summary], times: list[list[float]] | None = None, conditions: str | None = None
+) -> Summary:
+    own, *others = summaries
+    latencies = [Spread.of(one) for one in times] if times else [None] * len(summaries)
+    baseline, speedup = None, None
+    if others:
+        baseline = Summary(
+            others[0].rows,
+            others[0].total,
+            others[0].parameters,
+            latency=latencies[1],
+            conditions=conditions,
+        )
+        if times:
+            speedup = Spread.of([theirs / mine for mine, theirs in zip(*times, strict=True)])
+    return Summary(own.rows, own.total, own.parameters, latencies[0], speedup, conditions, baseline)
+
+
+def _conditions(network: nn.Module, example_input: Any) -> str:
+    inputs = example_input.values() if isinstance(example_input, Mapping) else example_input
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    shapes = ", ".join(str(tuple(one.shape)) for one in inputs if isinstance(one, Tensor))
+    threads = torch.get_num_threads()
+    return f"input {shapes} on {device_of(network)}, {threads} thread{'s' * (threads > 1)}"
+
+
+def _spread(latency: Spread) -> str:
+    half = (latency.third - latency.first) / 2
+    return f"{table.scaled(latency.median, 's')} ± {table.scaled(half, 's')}"
