@@ -29,6 +29,7 @@ class Port:
 
     value: int
     features: bool
+    argument: int = 0  # its place among the arguments of the region
 
 
 class _Plan:
@@ -111,12 +112,13 @@ class Region(nn.Module):
         super().__setstate__(state)
         self._forget()
 
-    def forward(self, *tensors: Tensor) -> Any:
-        """The outputs for ``tensors``, which lie on the CPU in float32."""
-        plan, batch = self._plan(tensors)
+    def forward(self, *arguments: Any) -> Any:
+        """The outputs for these tensors; numbers among them are for the fallback."""
+        used = [arguments[port.argument] for port in self.inputs]
+        plan, batch = self._plan(used)
         if plan is None or batch == 0:
-            return self.fallback(*tensors)
-        tensors = tuple(t.contiguous() for t in tensors)
+            return self.fallback(*arguments)
+        tensors = [t.contiguous() for t in used]
         lead = tensors[0].shape[:-1] if self.inputs[0].features else tensors[0].shape[:1]
         results = []
         for port, shape in zip(self.outputs, plan.table(1).outputs, strict=True):
@@ -138,10 +140,10 @@ class Region(nn.Module):
             plan.run(samples, addresses + done * steps, threads)
             done += samples
 
-    def _plan(self, tensors: Sequence[Tensor]) -> tuple[_Plan | None, int]:
+    def _plan(self, tensors: Sequence[Any]) -> tuple[_Plan | None, int]:
         shapes, batches = [], set()
         for tensor, port in zip(tensors, self.inputs, strict=True):
-            if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
                 return None, 0
             if tensor.dim() < 2 or (not port.features and tensor.dim() != 4):
                 return None, 0

@@ -37,6 +37,7 @@ class Step:
     target: int
     low: float = -INFINITY
     high: float = INFINITY
+    name: str = field(default="", kw_only=True)
 
     def shape(self, *inputs: Shape) -> Shape:
         """The shape of the target; raises ValueError where the step cannot be done."""
@@ -85,7 +86,7 @@ class Conv(Step):
             if n + pad < reach:
                 raise ValueError("kernel larger than the padded input")
             sizes.append((n + pad - reach) // self.stride[i] + 1)
-        return Shape(self.weight.outputs, *sizes)
+        return _with_residual(Shape(self.weight.outputs, *sizes), inputs)
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Linear(Step):
     def shape(self, *inputs: Shape) -> Shape:
         if inputs[0].size != self.weight.shape[1]:
             raise ValueError("features do not fit the layer")
-        return Shape(len(self.weight), 1, 1)
+        return _with_residual(Shape(len(self.weight), 1, 1), inputs)
 
     def sparse(self, image: Shape) -> NonZeros:
         """The weight as a convolution whose kernel covers the whole ``image``."""
@@ -165,3 +166,9 @@ class Concat(Step):
         if len({(s.height, s.width) for s in inputs}) > 1:
             raise ValueError("images of several sizes")
         return Shape(sum(s.channels for s in inputs), inputs[0].height, inputs[0].width)
+
+
+def _with_residual(shape: Shape, inputs: tuple[Shape, ...]) -> Shape:
+    if len(inputs) > 1 and inputs[1] != shape:
+        raise ValueError("a sum that broadcasts")
+    return shape

@@ -1,0 +1,308 @@
+"""Which nodes of a traced network the sparse engine can compute, and their steps."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from slimnets.acceleration.steps import (
+    INFINITY,
+    Add,
+    Clamp,
+    Concat,
+    Conv,
+    Linear,
+    NonZeros,
+    Pool,
+    Step,
+)
+from slimnets.acceleration.trace import is_plain, module_of
+
+Form = str
+"""How a value lies outside the engine: ``"image"`` (batch, channels, rows, columns) or
+``"features"`` (..., features)."""
+
+Make = Callable[[list[int], int], Step]
+"""Makes the step of a node from the numbers of its source values and of its own."""
+
+Known = tuple[list[fx.Node], Make, Form]
+"""A node's sources, its step, and the form of its result."""
+
+
+def known(node: fx.Node) -> Known | None:
+    """How the engine computes ``node``, or ``None`` where it cannot.
+
+    ``node.meta["form"]`` has to be there for sources that the engine computes as well.
+    """
+    if node.meta.get("dtype") != torch.float32 or not node.args:
+        return None
+    try:
+        module = module_of(node)
+        if module is not None:
+            return _of_module(node, module)
+        return _of_call(node)
+    except (TypeError, ValueError, IndexError):  # arguments of a kind not thought of
+        return None
+
+
+def form_of(node: fx.Node) -> Form | None:
+    """The form of a value, known or guessed from its rank."""
+    if "form" in node.meta:
+        return str(node.meta["form"])
+    return {2: "features", 4: "image"}.get(len(node.meta.get("shape", ())))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else value
+    return int(first), int(second)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    if len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+        raise TypeError
+    return node.args[0]
+
+
+def _of_module(node: fx.Node, m: nn.Module) -> Known | None:
+    if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or node.kwargs:
+        return None
+    source = _source(node)
+    form = form_of(source)
+    if is_plain(m):
+        return _of_layer(m, source, form)
+    kind = type(m)
+    if form is not None and kind in (nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout, nn.Dropout2d):
+        return [source], _clamp(*_LIMITS.get(kind, (-INFINITY, INFINITY))), form
+    if kind in (nn.BatchNorm2d, nn.BatchNorm1d) and m.running_var is not None:
+        rank = 4 if kind is nn.BatchNorm2d else 2
+        flat = rank == 4 or _is_a_vector(source)
+        known_rank = len(source.meta["shape"]) == rank and form is not None and flat
+        return ([source], _norm(m), form) if known_rank else None  # type: ignore[return-value]
+    if kind is nn.Flatten:
+        return _flatten(source, form) if (m.start_dim, m.end_dim) == (1, -1) else None
+    if form != "image":
+        return None
+    return _of_pooling(m, source)
+
+
+_LIMITS: dict[Any, tuple[float, float]] = {
+    nn.ReLU: (0.0, INFINITY),
+    nn.ReLU6: (0.0, 6.0),
+    F.relu: (0.0, INFINITY),
+    F.relu_: (0.0, INFINITY),
+    torch.relu: (0.0, INFINITY),
+    torch.relu_: (0.0, INFINITY),
+    F.relu6: (0.0, 6.0),
+    "relu": (0.0, INFINITY),
+    "relu_": (0.0, INFINITY),
+}
+
+
+def _of_layer(m: nn.Module, source: fx.Node, form: Form | None) -> Known | None:
+    if m.weight.dtype != torch.float32 or not m.weight.numel():  # type: ignore[union-attr, operator]
+        return None
+    if isinstance(m, nn.Linear):
+        return ([source], _linear(m), "features") if _is_flat(source) else None
+    rank = len(source.meta["shape"])
+    if not isinstance(m, nn.Conv2d) or form != "image" or rank != 4 or m.padding_mode != "zeros":
+        return None
+    return [source], _conv(m), "image"
+
+
+def _is_flat(source: fx.Node) -> bool:
+    """Whether the last dimension of ``source`` is what the engine takes for its features."""
+    return "form" not in source.meta or source.meta["form"] == "features"
+
+
+def _is_a_vector(source: fx.Node) -> bool:
+    """Whether the engine has the features of ``source`` as channels, not as pixels too."""
+    return "form" not in source.meta or bool(source.meta.get("vector"))
+
+
+def _of_pooling(m: nn.Module, source: fx.Node) -> Known | None:
+    if type(m) is nn.MaxPool2d and not m.return_indices:
+        window = (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode)
+        return [source], _pool(True, *window), "image"
+    if type(m) is nn.AvgPool2d and not m.ceil_mode and m.divisor_override is None:
+        if m.count_include_pad or _pair(m.padding) == (0, 0):
+            return [source], _pool(False, m.kernel_size, m.stride, m.padding), "image"
+    if type(m) is nn.AdaptiveAvgPool2d and _pair(m.output_size) == (1, 1):
+        return [source], _pool(False), "image"
+    return None
+
+
+def _of_call(node: fx.Node) -> Known | None:
+    target = node.target
+    if target in (operator.add, operator.iadd, torch.add, "add", "add_"):
+        return _sum(node)
+    if target is torch.cat:
+        return _concat(node)
+    if target in (torch.flatten, "flatten"):
+        source, *rest = node.args
+        dims = [*rest, *node.kwargs.values()]
+        return _flatten(source, form_of(source)) if dims in ([1], [1, -1]) else None  # type: ignore[arg-type]
+    if target in ("view", "reshape", torch.reshape):
+        return _reshape(node)
+    if target in ("mean", torch.mean):
+        return _mean(node)
+    if target in _LIMITS and set(node.kwargs) <= {"inplace"}:
+        source = _source(node)
+        form = form_of(source)
+        return ([source], _clamp(*_LIMITS[target]), form) if form else None
+    if target in (F.dropout, F.dropout2d) and node.kwargs.get("training") is False:
+        source = node.args[0]
+        form = form_of(source) if isinstance(source, fx.Node) else None
+        return ([source], _clamp(-INFINITY, INFINITY), form) if form else None  # type: ignore[list-item]
+    if target is F.max_pool2d and form_of(node.args[0]) == "image":  # type: ignore[arg-type]
+        return [node.args[0]], _max_pool(*node.args[1:], **node.kwargs), "image"  # type: ignore[list-item, arg-type]
+    if target is F.adaptive_avg_pool2d and form_of(node.args[0]) == "image":  # type: ignore[arg-type]
+        source, size = node.args  # type: ignore[assignment]
+        return ([source], _pool(False), "image") if _pair(size) == (1, 1) else None  # type: ignore[list-item]
+    return None
+
+
+def _sum(node: fx.Node) -> Known | None:
+    if node.kwargs or len(node.args) != 2:
+        return None
+    sources = [a for a in node.args if isinstance(a, fx.Node)]
+    if len(sources) != 2 or sources[0].meta.get("shape") != sources[1].meta.get("shape"):
+        return None
+    if any(s.meta.get("dtype") != torch.float32 for s in sources):
+        return None
+    forms = {str(s.meta["form"]) for s in sources if "form" in s.meta}
+    forms = forms or {f for f in map(form_of, sources) if f}
+    if len(forms) != 1 or any("form" in s.meta and not _agrees(s, sources) for s in sources):
+        return None
+    return sources, lambda values, target: Add(values, target), forms.pop()
+
+
+def _agrees(source: fx.Node, sources: Sequence[fx.Node]) -> bool:
+    """Flattened pixels inside the engine cannot be added to features from outside."""
+    if source.meta["form"] == "image" or source.meta.get("vector"):
+        return True
+    return all(s.meta.get("vector", True) is False for s in sources)
+
+
+def _concat(node: fx.Node) -> Known | None:
+    sources, dim = node.args[0], [*node.args[1:], *node.kwargs.values()]
+    if not isinstance(sources, list | tuple) or dim != [1]:
+        return None
+    if any(not isinstance(s, fx.Node) or form_of(s) != "image" for s in sources):
+        return None
+    return list(sources), lambda values, target: Concat(values, target), "image"  # type: ignore[arg-type]
+
+
+def _flatten(source: Any, form: Form | None) -> Known | None:
+    if not isinstance(source, fx.Node) or len(source.meta["shape"]) not in (2, 4) or not form:
+        return None
+    return [source], _clamp(-INFINITY, INFINITY), "features"
+
+
+def _reshape(node: fx.Node) -> Known | None:
+    """``x.view(x.size(0), -1)``, the older way to flatten."""
+    source, *sizes = node.args
+    if len(sizes) != 2 or sizes[1] != -1 or not isinstance(source, fx.Node):
+        return None
+    first = sizes[0]
+    if not isinstance(first, fx.Node) or not first.args:
+        return None
+    by_size = first.target == "size" and first.args == (source, 0)
+    owner = first.args[0]
+    by_shape = (
+        first.target is operator.getitem
+        and first.args[1] == 0
+        and isinstance(owner, fx.Node)
+        and owner.target is getattr
+        and owner.args == (source, "shape")
+    )
+    return _flatten(source, form_of(source)) if by_size or by_shape else None
+
+
+def _mean(node: fx.Node) -> Known | None:
+    source, *rest = node.args
+    dims = [*rest, *(v for k, v in node.kwargs.items() if k != "keepdim")]
+    if not isinstance(source, fx.Node) or form_of(source) != "image" or len(dims) != 1:
+        return None
+    if not isinstance(dims[0], list | tuple) or sorted(d % 4 for d in dims[0]) != [2, 3]:
+        return None
+    return [source], _pool(False), "image" if node.kwargs.get("keepdim") else "features"
+
+
+def _floats(tensor: Any) -> Any:
+    return tensor.detach().contiguous().numpy()
+
+
+def _bias(m: Any) -> Any:
+    return _floats(m.bias if m.bias is not None else torch.zeros(len(m.weight)))
+
+
+def _clamp(low: float, high: float) -> Make:
+    return lambda sources, target: Clamp(sources, target, low, high)
+
+
+def _linear(m: nn.Linear) -> Make:
+    return lambda sources, target: Linear(sources, target, weight=_floats(m.weight), bias=_bias(m))
+
+
+def _conv(m: nn.Conv2d) -> Make:
+    kernel, dilation = _pair(m.kernel_size), _pair(m.dilation)
+    if m.padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        (top, left) = (t // 2 for t in total)
+        padding = (top, total[0] - top, left, total[1] - left)
+    else:
+        h, w = (0, 0) if m.padding == "valid" else _pair(m.padding)
+        padding = (h, h, w, w)
+    shape = {"kernel": kernel, "stride": _pair(m.stride), "dilation": dilation}
+
+    def make(sources: list[int], target: int) -> Step:
+        weight = NonZeros.of(_floats(m.weight), m.groups)
+        return Conv(sources, target, weight=weight, bias=_bias(m), padding=padding, **shape)  # type: ignore[arg-type]
+
+    return make
+
+
+def _norm(m: Any) -> Make:
+    def make(sources: list[int], target: int) -> Step:
+        scale: Tensor = (m.running_var + m.eps).rsqrt()
+        scale = scale if m.weight is None else scale * m.weight
+        bias = -m.running_mean * scale
+        bias = bias if m.bias is None else bias + m.bias
+        channels = len(scale)
+        weight = NonZeros.of(_floats(scale.reshape(-1, 1, 1, 1)), channels)
+        return Conv(sources, target, weight=weight, bias=_floats(bias))
+
+    return make
+
+
+def _max_pool(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Make:
+    if return_indices:
+        raise ValueError
+    stride = kernel_size if stride is None else stride
+    return _pool(True, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def _pool(
+    maximum: bool,
+    kernel: Any = None,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil: bool = False,
+) -> Make:
+    window = None if kernel is None else _pair(kernel)
+    step = window or (1, 1)
+    if stride is not None and stride != []:
+        step = _pair(stride)
+    places = (window, step, _pair(padding), _pair(dilation), ceil)
+    return lambda sources, target: Pool(sources, target, -INFINITY, INFINITY, maximum, *places)

@@ -1,0 +1,139 @@
+"""Cuts the nodes that the engine is to compute out of a graph, as regions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
+from torch.fx.passes.operator_support import OperatorSupportBase
+
+from slimnets.acceleration.lower import form_of, known
+from slimnets.acceleration.region import Port, Region
+from slimnets.acceleration.steps import INFINITY, Add, Clamp, Conv, Linear, Step
+from slimnets.acceleration.trace import is_plain, module_of
+
+
+def annotate(traced: fx.GraphModule) -> set[fx.Node]:
+    """Mark what the engine can compute; the nodes' shapes have to be there."""
+    found = set()
+    for node in traced.graph.nodes:
+        result = known(node)
+        if result is None:
+            continue
+        found.add(node)
+        sources, _, node.meta["form"] = result
+        node.meta["vector"] = (
+            isinstance(module_of(node), nn.Linear)
+            or node.target == "mean"
+            or (node.meta["form"] == "features" and all(s.meta.get("vector") for s in sources))
+        )
+    return found
+
+
+class _Chosen(OperatorSupportBase):
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+    def is_node_supported(self, submodules: Mapping[str, nn.Module], node: fx.Node) -> bool:
+        return node.name in self.names
+
+
+def cut(traced: fx.GraphModule, nodes: set[fx.Node]) -> dict[str, Region]:
+    """Replace ``nodes`` of ``traced`` by regions, which are returned by their names."""
+    chosen = _Chosen({node.name for node in nodes})
+    partitioner = CapabilityBasedPartitioner(traced, chosen, allows_single_node_partition=True)
+    partitions = [
+        p for p in partitioner.propose_partitions() if any(is_plain(module_of(n)) for n in p.nodes)
+    ]
+    if not partitions:
+        return {}
+    partitioner.fuse_partitions(partitions, prefix="region_")
+    regions = {}
+    for name, part in list(traced.named_children()):
+        if name.startswith("region_") and isinstance(part, fx.GraphModule):
+            regions[name] = region(part)
+            setattr(traced, name, regions[name])
+    return regions
+
+
+def region(part: fx.GraphModule) -> Region:
+    """``part`` as a region of the engine."""
+    values: dict[fx.Node, int] = {}
+    steps: list[Step] = []
+    inputs: dict[fx.Node, Port] = {}
+    arguments = [n for n in part.graph.nodes if n.op == "placeholder"]
+    for node in part.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        result = known(node)
+        assert result is not None, node
+        sources, make, form = result
+        for source in sources:
+            if source not in values:
+                values[source] = len(values)
+                flat = isinstance(module_of(node), nn.Linear) or form_of(source) != "image"
+                flat = flat if form_of(source) else form == "features"
+                inputs[source] = Port(values[source], flat, arguments.index(source))
+        values[node] = len(values)
+        step = make([values[s] for s in sources], values[node])
+        step.name = str(node.target) if node.op == "call_module" else node.name
+        steps.append(step)
+        node.meta["form"] = form
+    result = part.graph.output_node().args[0]
+    returned = list(result) if isinstance(result, tuple | list) else [result]
+    outputs = [Port(values[n], n.meta["form"] == "features") for n in returned]
+    steps, renamed = fuse(steps, {port.value for port in outputs})
+    outputs = [Port(renamed.get(port.value, port.value), port.features) for port in outputs]
+    return Region(steps, list(inputs.values()), outputs, part)
+
+
+def fuse(steps: list[Step], outputs: set[int]) -> tuple[list[Step], dict[int, int]]:
+    """Put clamps and sums into the steps before them; also returns which values are others."""
+    renamed: dict[int, int] = {}
+    fused: list[Step] = []
+    uses: dict[int, int] = {}
+    for step in steps:
+        for source in step.sources:
+            uses[source] = uses.get(source, 0) + 1
+    for value in outputs:
+        uses[value] = uses.get(value, 0) + 1
+    made: dict[int, Any] = {}
+    for step in steps:
+        step.sources = [renamed.get(s, s) for s in step.sources]
+        if isinstance(step, Clamp):
+            maker = made.get(step.sources[0])
+            free = step.low == -INFINITY and step.high == INFINITY
+            if free:
+                renamed[step.target] = step.sources[0]
+                uses[step.sources[0]] = uses[step.sources[0]] - 1 + uses.get(step.target, 0)
+                continue
+            if maker and _is_unlimited(maker) and uses[maker.target] == 1:
+                maker.low, maker.high = step.low, step.high
+                renamed[step.target] = maker.target
+                uses[maker.target] = uses.get(step.target, 0)
+                continue
+        if isinstance(step, Add):
+            step = _into_product(step, made, uses, fused)
+        fused.append(step)
+        made[step.target] = step
+    return fused, renamed
+
+
+def _is_unlimited(step: Step) -> bool:
+    takes = not isinstance(step, Clamp) and type(step).__name__ != "Concat"
+    return takes and step.low == -INFINITY and step.high == INFINITY
+
+
+def _into_product(
+    step: Add, made: dict[int, Any], uses: dict[int, int], fused: list[Step]
+) -> Step:
+    """The convolution or linear layer that can start from the other summand, or ``step``."""
+    for mine, other in (step.sources, step.sources[::-1]):
+        maker = made.get(mine)
+        if not isinstance(maker, Conv | Linear) or len(maker.sources) > 1 or mine == other:
+            continue
+        if _is_unlimited(maker) and uses[mine] == 1:
+            fused.remove(maker)
+            maker.sources, maker.target = [maker.sources[0], other], step.target
+            return maker
+    return step

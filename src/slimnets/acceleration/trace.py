@@ -1,0 +1,178 @@
+"""From a module to a graph of layers, and the layers that can be computed in another place."""
+
+import inspect
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+IN_PLACE_FUNCTIONS = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
+
+
+class _Tracer(fx.Tracer):
+    """Traces what can be traced; a module with control flow becomes one node."""
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        before = list(self.graph.nodes)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            known = set(before)
+            for node in reversed(list(self.graph.nodes)):
+                if node not in known:
+                    self.graph.erase_node(node)
+            self.tensor_attrs.clear()
+            self.parameter_proxy_cache.clear()
+            name = self.path_of_module(m)
+            return self.create_proxy("call_module", name, args, kwargs)
+
+
+def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
+    """``model`` as a graph of its first ``arguments`` arguments, the others at their defaults.
+
+    Returns ``None`` where tracing fails, or where running the forward method has changed the
+    module or drawn random numbers: a graph would repeat what happened once.
+    """
+    names = list(_parameters_of(model))
+    defaults = _parameters_of(model)
+    fixed = {n: defaults[n] for n in names[arguments:]}
+    if len(names) < arguments or any(value is _REQUIRED for value in fixed.values()):
+        return None
+    state, attributes = torch.get_rng_state(), _attributes(model)
+    try:
+        with torch.no_grad():
+            graph = _Tracer().trace(model, concrete_args=fixed or None)
+    except Exception:
+        return None
+    unchanged = torch.equal(state, torch.get_rng_state()) and attributes == _attributes(model)
+    torch.set_rng_state(state)
+    if not unchanged:
+        return None
+    for node in _placeholders(graph)[arguments:]:
+        _erase(node)  # with its users: tracing asserts that a default is passed again
+    traced = fx.GraphModule(model, graph)
+    _order_in_place(traced)
+    return traced
+
+
+def _erase(node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase(user)
+    node.graph.erase_node(node)
+
+
+_REQUIRED = object()
+
+
+def _parameters_of(model: nn.Module) -> dict[str, Any]:
+    found = {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        found[name] = _REQUIRED if parameter.default is parameter.empty else parameter.default
+    return found
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _attributes(model: nn.Module) -> dict[str, dict[str, int]]:
+    return {n: {k: id(v) for k, v in vars(m).items()} for n, m in model.named_modules()}
+
+
+def module_of(node: fx.Node) -> nn.Module | None:
+    """The module that ``node`` calls."""
+    if node.op != "call_module":
+        return None
+    owner = node.graph.owning_module
+    assert owner is not None
+    return owner.get_submodule(str(node.target))
+
+
+def _works_in_place(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        return (
+            node.target in IN_PLACE_FUNCTIONS
+            or (name.endswith("_") and not name.endswith("__"))
+            or bool(node.kwargs.get("inplace"))
+        )
+    return bool(getattr(module_of(node), "inplace", False))
+
+
+def _order_in_place(traced: fx.GraphModule) -> None:
+    """Let later readers of a tensor that was changed in place read the result instead.
+
+    The engine computes results elsewhere, so nobody may rely on the change.
+    """
+    place = {node: i for i, node in enumerate(traced.graph.nodes)}
+    for node in traced.graph.nodes:
+        if _works_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
+            changed = node.args[0]
+            changed.replace_all_uses_with(
+                node, delete_user_cb=lambda user, at=place[node]: place[user] > at
+            )
+    traced.recompile()
+
+
+def fold_batch_norm(traced: fx.GraphModule) -> None:
+    """Put every batch norm that follows a convolution or linear layer into its weights."""
+    uses: dict[str, int] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            uses[node.target] = uses.get(node.target, 0) + 1
+    for node in list(traced.graph.nodes):
+        norm = module_of(node)
+        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_var is None:
+            continue
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or len(source.users) > 1:
+            continue
+        layer = module_of(source)
+        if uses.get(source.target, 0) != 1 or not is_plain(layer):
+            continue
+        fold = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        if isinstance(layer, nn.Linear) and len(source.meta["shape"]) != 2:
+            continue  # the channels of the norm are the second dimension, not the last
+        folded = fold(layer, norm)  # type: ignore[operator]
+        traced.set_submodule(str(source.target), folded.requires_grad_(False))
+        node.replace_all_uses_with(source)
+        traced.graph.erase_node(node)
+    traced.recompile()
+
+
+def is_plain(layer: nn.Module | None) -> bool:
+    """Whether ``layer`` is a convolution or linear layer that computes nothing else."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
+    if not isinstance(layer, kinds):
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    forwards = {kind.forward for kind in kinds}
+    return type(layer).forward in forwards and "forward" not in vars(layer)
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph, writes each node's shape, and keeps the inputs of some nodes."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.arguments: dict[fx.Node, tuple[Any, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node of the graph."""
+        if n.op == "call_module" and is_plain(module_of(n)):
+            self.arguments[n] = self.fetch_args_kwargs_from_env(n)[0]
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["shape"] = tuple(result.shape)
+            n.meta["dtype"] = result.dtype
+        return result
+
