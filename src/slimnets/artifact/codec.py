@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.parameter import is_lazy
 
 from slimnets.artifact.quantize import dequantize, narrow, quantize
 from slimnets.artifact.streams import (
@@ -159,8 +160,7 @@ def pool(coded: Sequence[Coded]) -> dict[str, bytes]:
     for name in STREAMS:
         parts = [coded[i].streams.get(name) for i in _order([one.entry for one in coded])]
         if present := [part for part in parts if part is not None and part.size]:
-            stream = np.concatenate(present)
-            joined[name] = stream.tobytes() if name == "low" else huffman(stream)
+            joined[name] = np.concatenate(present).tobytes() if name == "low" else huffman(present)
     return joined
 
 
@@ -215,7 +215,9 @@ def tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     first: dict[Any, str] = {}
     ties = {}
     for name, tensor in state.items():
-        if tensor.layout is torch.strided and tensor.numel() and not tensor.is_meta:
+        if is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided:
+            continue
+        if tensor.numel():
             view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             if first.setdefault(view, name) != name:
                 ties[name] = first[view]
@@ -223,6 +225,8 @@ def tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _refuse_special(tensor: torch.Tensor) -> None:
+    if is_lazy(tensor):
+        raise TypeError("a lazy parameter is not initialized before the first forward pass")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise TypeError(f"only plain dense tensors can be stored, not {tensor.layout}")
     if tensor.is_meta:
@@ -236,7 +240,7 @@ def _positions(nonzero: NDArray[np.bool_], nonzeros: int) -> tuple[Any, dict[str
     mask = mask_of(nonzero)
     if nonzeros < _SPARSE * nonzero.size:
         gaps, low = gaps_of(nonzero)
-        if len(huffman(gaps)) + low.size < len(huffman(mask)):
+        if len(huffman([gaps])) + low.size < len(huffman([mask])):
             return "gaps", {"gaps": gaps, "low": low}
     return "mask", {"masks": mask}
 

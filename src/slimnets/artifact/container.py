@@ -50,8 +50,8 @@ def pack(
     ties = tied(state)
     coded = {}
     for name, tensor in state.items():
-        # Biases, norms and buffers are small, and too delicate for eight bits.
-        is_weight = tensor.dim() > 1 and "weight" in name.rpartition(".")[2]
+        # Positions, anchors and other buffers are too delicate for eight bits.
+        is_weight = "weight" in name.rpartition(".")[2]
         stored = dtype if is_weight or dtype is not torch.int8 else None
         if name not in ties:
             try:
@@ -72,7 +72,7 @@ def inspect(path: PathLike) -> FileInfo:
         ArtifactError: If the header is damaged or that of another kind of file.
         OSError: If the file cannot be read.
     """
-    with _opened(path) as file:
+    with naming(path), _opened(path) as file:
         return parse(file.metadata() or {})
 
 

@@ -26,9 +26,12 @@ def quantize(tensor: torch.Tensor, channel_dim: int) -> tuple[torch.Tensor, int,
     exceed 127, so that one byte holds it, relative to the smallest scale of all.
 
     Returns:
-        The multiples, the smallest scale's code, and each channel's beyond that one; ``None`` if a
-        value is not finite or the channels differ by more than 32 octaves.
+        The multiples, the smallest scale's code, and each channel's beyond that one; ``None`` if
+        there are fewer than two dimensions, a value is not finite, or the channels differ by more
+        than 32 octaves.
     """
+    if tensor.dim() < 2:
+        return None
     values = tensor.float()
     others = [dim for dim in range(values.dim()) if dim != channel_dim]
     largest = values.abs().amax(others) if values.numel() else values.new_zeros(0)

@@ -1,6 +1,7 @@
 """Byte streams: positions and values split into them, Huffman-coded, and read back with care."""
 
 import zlib
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,6 +11,8 @@ Bytes: TypeAlias = NDArray[np.uint8]
 Bits: TypeAlias = NDArray[Any]  # unsigned integers
 
 _ESCAPE = 255
+_BLOCK = 2**15 - 1  # bytes that zlib codes with one table, at memLevel=9
+_TABLE_BITS = 4  # that a Huffman table takes for each symbol in it
 _LONG_GAP = 200  # mean from which escapes cost more than bits cut off and stored as they are
 
 
@@ -99,18 +102,28 @@ def join(high: Bytes, low: Bytes, *, size: int, floating: bool) -> Bits:
 
 
 def cost(stream: Bytes) -> float:
-    """About the bytes that a Huffman code makes of ``stream``: its entropy, or one bit a byte."""
-    counts = np.bincount(stream, minlength=256)
-    counts = counts[counts > 0]
-    return max(float(counts @ np.log2(stream.size / counts)), stream.size) / 8
+    """About the bytes that a Huffman code makes of ``stream``."""
+    return _entropy(_counts(stream)) / 8
 
 
-def huffman(stream: Bytes) -> bytes:
-    """``stream`` as raw deflate data without LZ77, which finds nothing in ours and takes long."""
-    coder = zlib.compressobj(
-        level=9, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY
-    )  # the longest blocks, so the fewest tables
-    return coder.compress(stream.data) + coder.flush()
+def huffman(parts: Iterable[Bytes]) -> bytes:
+    """The concatenation of ``parts`` as raw deflate data.
+
+    Without LZ77, which finds nothing in our streams and takes long. Each part starts a new block
+    where a Huffman table of its own saves more than it costs.
+    """
+    coder = zlib.compressobj(level=9, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    coded, block = b"", np.zeros(256)
+    for part in parts:
+        counts = _counts(part)
+        table = _TABLE_BITS * np.count_nonzero(counts)
+        if _entropy(block) + _entropy(counts) + table < _entropy(block + counts):
+            coded += coder.flush(zlib.Z_BLOCK)
+            block[:] = 0
+        coded += coder.compress(part.data)
+        block += counts
+        block *= block.sum() % _BLOCK / max(block.sum(), 1)  # zlib's own blocks are full at that
+    return coded + coder.flush()
 
 
 def unhuffman(data: bytes, most: int, name: str) -> Bytes:
@@ -167,3 +180,14 @@ class Reader:
             raise ArtifactError(
                 f"stream {self.name!r}: {self.stream.size - self.at} bytes too many"
             )
+
+
+def _counts(stream: Bytes) -> NDArray[np.float64]:
+    return np.bincount(stream, minlength=256).astype(np.float64)
+
+
+def _entropy(counts: NDArray[np.float64]) -> float:
+    """Bits that a Huffman code takes for symbols counted so; at least one for each."""
+    counts = counts[counts > 0]
+    total = float(counts.sum())
+    return max(float(counts @ np.log2(total / counts)), total)
