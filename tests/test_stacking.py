@@ -1,0 +1,204 @@
+"""The three methods on one Trainer."""
+
+import copy
+from functools import partial
+from itertools import permutations
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+
+import slimnets
+from slimnets import DistillationModule, ExactResume, GradualPrune, LowRank
+from tests.support import Classifier, small_data, small_network
+
+pytestmark = [  # a resumed run writes elsewhere here, and not always checkpoints
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+
+ADAM = partial(torch.optim.Adam, lr=0.01)
+
+
+def distillation(student=None, **arguments):
+    L.seed_everything(3, verbose=False)
+    student = student if student is not None else small_network(dropout=0.2)
+    teacher = small_network()
+    if not isinstance(student, L.LightningModule):
+        arguments["optimizer"] = ADAM
+    return DistillationModule(student=student, teacher=teacher, **arguments)
+
+
+def fit(make_trainer, callbacks, module=None, epochs=3, ckpt_path=None, **arguments):
+    module = module or distillation()
+    L.seed_everything(4, verbose=False)
+    trainer = make_trainer(max_epochs=epochs, callbacks=callbacks, **arguments)
+    trainer.fit(module, small_data(shuffle=True), small_data(8), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def pair_zeros(network):
+    return {
+        name: (int((p == 0).sum()), round(0.75 * p.numel()))
+        for name, p in network.named_parameters()
+        if p.ndim > 1
+    }
+
+
+def test_the_three_lines_of_the_readme(make_trainer, tmp_path):
+    student = small_network()
+    module = DistillationModule(student=student, teacher=small_network())
+    trainer = make_trainer(max_epochs=3, callbacks=[GradualPrune(0.9), LowRank(r=4)])
+    trainer.fit(module, small_data(), small_data(8))
+    slimnets.save(student, tmp_path / "student.safetensors")
+    again = slimnets.load(tmp_path / "student.safetensors", small_network())
+    inputs = torch.randn(5, 3, 8, 8)
+    assert torch.equal(student.eval()(inputs), again.eval()(inputs))
+    assert list(again.state_dict()) == list(student.state_dict())
+    dense = tmp_path / "dense.pt"
+    torch.save(small_network().state_dict(), dense)
+    assert (tmp_path / "student.safetensors").stat().st_size < dense.stat().st_size / 5
+
+
+@pytest.mark.parametrize("student", [small_network, Classifier], ids=["module", "lightning"])
+def test_every_order_of_the_callbacks_gives_the_same_network(make_trainer, student):
+    make = {
+        "prune": lambda: GradualPrune(0.75),
+        "lowrank": lambda: LowRank(r=0.25),
+        "average": lambda: EMAWeightAveraging(decay=0.9),
+    }
+    results = []
+    for order in permutations(make):
+        torch.manual_seed(7)
+        module, _ = fit(make_trainer, [make[name]() for name in order], distillation(student()))
+        results.append(module.student.state_dict())
+        for zeros, wanted in pair_zeros(module.student).values():
+            assert zeros == wanted
+    for state in results[1:]:
+        assert list(state) == list(results[0])
+        assert all(torch.equal(state[key], results[0][key]) for key in state)
+    assert any(".first.weight" in key for key in results[0])
+
+
+def test_averaged_weights_in_the_checkpoint_are_as_sparse_as_at_the_end(make_trainer, tmp_path):
+    callbacks = [EMAWeightAveraging(decay=0.999), GradualPrune(0.75, end=0.6), LowRank(r=0.25)]
+    checkpoint = ModelCheckpoint(tmp_path, filename="last")
+    fit(make_trainer, [*callbacks, checkpoint], enable_checkpointing=True)
+    state = torch.load(tmp_path / "last.ckpt")["state_dict"]
+    pairs = {k: v for k, v in state.items() if v.ndim > 1}
+    assert any(".second.weight" in key for key in pairs)
+    for value in pairs.values():
+        assert int((value == 0).sum()) == round(0.75 * value.numel())
+
+
+def stacked(folder, average=False, energy=None):
+    lowrank = LowRank(energy=energy) if energy else LowRank(r=0.25)
+    callbacks = [GradualPrune(0.75, end=0.8), lowrank, ExactResume()]
+    if average:
+        callbacks.insert(1, EMAWeightAveraging(decay=0.9))
+    return [*callbacks, ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")]
+
+
+@pytest.mark.parametrize("energy", [None, 0.7])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_resuming_from_an_epoch_continues_bit_for_bit(
+    make_trainer, tmp_path, energy, average, epoch
+):
+    arguments = {"epochs": 5, "enable_checkpointing": True}
+    whole, trainer = fit(make_trainer, stacked(tmp_path / "a", average, energy), **arguments)
+    torch.manual_seed(99)
+    other = distillation(small_network(dropout=0.2))
+    for parameter in other.student.parameters():  # what it starts with must not matter
+        nn.init.normal_(parameter)
+    other.teacher.load_state_dict(whole.teacher.state_dict())
+    again, resumed = fit(
+        make_trainer,
+        stacked(tmp_path / "b", average, energy),
+        other,
+        ckpt_path=tmp_path / f"a/epoch={epoch}.ckpt",
+        **arguments,
+    )
+    one, two = whole.state_dict(), again.state_dict()
+    assert list(one) == list(two)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    states = (t.optimizers[0].state_dict()["state"].values() for t in (trainer, resumed))
+    for a, b in zip(*states, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_compressed_checkpoint_is_tested_and_predicted_with_a_fresh_model(make_trainer, tmp_path):
+    module, trainer = fit(make_trainer, [GradualPrune(0.75), LowRank(energy=0.7)])
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    expected = trainer.predict(module, small_data(8))
+    fresh = distillation()
+    found = make_trainer(callbacks=[LowRank(energy=0.7)]).predict(
+        fresh, small_data(8), ckpt_path=tmp_path / "x.ckpt"
+    )
+    assert torch.equal(expected[0], found[0])
+    assert make_trainer().test(
+        distillation(), small_data(8), ckpt_path=tmp_path / "x.ckpt", verbose=False
+    )
+    loaded = DistillationModule.load_from_checkpoint(
+        tmp_path / "x.ckpt", student=small_network(dropout=0.2), teacher=small_network()
+    )
+    state = module.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_an_error_of_any_callback_leaves_the_model_as_it_was(make_trainer, order):
+    module = distillation()
+    before = copy.deepcopy(module.student)
+    callbacks = [LowRank(r=4), GradualPrune({"nothing": 0.5})]
+    with pytest.raises(ValueError, match="sparsity: 'nothing' matches no layer"):
+        fit(make_trainer, callbacks if order else callbacks[::-1], module)
+    assert str(module.student) == str(before)
+    assert list(module.student.state_dict()) == list(before.state_dict())
+    assert all(
+        torch.equal(value, module.student.state_dict()[key])
+        for key, value in before.state_dict().items()
+    )
+
+
+def test_an_error_on_the_first_batch_leaves_the_model_as_it_was(make_trainer):
+    student = small_network()
+    before = copy.deepcopy(student)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(192, 7))
+    module = DistillationModule(student=student, teacher=teacher)
+    with pytest.raises(ValueError, match="shape"):
+        fit(make_trainer, [GradualPrune(0.5, initial=0.2), LowRank(r=4)], module)
+    assert str(student) == str(before)
+    assert all(
+        torch.equal(value, student.state_dict()[key]) for key, value in before.state_dict().items()
+    )
+
+
+def test_a_second_fit_goes_on_with_the_pairs_and_the_zeros(make_trainer):
+    module, _ = fit(make_trainer, [GradualPrune(0.75), LowRank(r=0.25)])
+    zeros = {n: p == 0 for n, p in module.student.named_parameters() if p.ndim > 1}
+    module, _ = fit(make_trainer, [LowRank(r=0.25), GradualPrune(0.75)], module)
+    for name, mask in zeros.items():
+        assert torch.equal(module.student.get_parameter(name) == 0, mask)
+
+
+def test_going_on_from_a_loaded_file_keeps_the_zeros(make_trainer, tmp_path):
+    module, _ = fit(make_trainer, [GradualPrune(0.75), LowRank(r=0.25)])
+    slimnets.save(module, tmp_path / "x.safetensors")
+    student = slimnets.load(tmp_path / "x.safetensors", small_network(dropout=0.2))
+    zeros = {n: p == 0 for n, p in student.named_parameters() if p.ndim > 1}
+    fit(make_trainer, [GradualPrune(0.75), LowRank(r=0.25)], distillation(student))
+    for name, mask in zeros.items():
+        assert torch.equal(student.get_parameter(name) == 0, mask)
+
+
+def test_only_the_student_changes(make_trainer):
+    module = distillation()
+    teacher = copy.deepcopy(module.teacher.state_dict())
+    structure = str(module.teacher)
+    fit(make_trainer, [GradualPrune(0.75), LowRank(r=0.25)], module)
+    assert str(module.teacher) == structure
+    for key, value in module.teacher.state_dict().items():
+        assert torch.equal(value, teacher[key])
