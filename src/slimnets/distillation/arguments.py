@@ -1,0 +1,177 @@
+"""What is asked of the arguments and the batches of a DistillationModule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from slimnets.distillation.losses import check_temperature, logits_of
+from slimnets.distillation.observation import is_classes
+
+DEFAULT_TEMPERATURE = 4.0
+
+
+def check_networks(student: Any, teacher: Any) -> None:
+    """Raise TypeError or ValueError unless ``student`` can learn from ``teacher``."""
+    for name, network in (("student", student), ("teacher", teacher)):
+        if not isinstance(network, nn.Module):
+            raise TypeError(
+                f"{name}={network!r:.80}: expected an nn.Module or LightningModule; "
+                "load_from_checkpoint, too, needs student= and teacher="
+            )
+    packages = {kind.__module__.partition(".")[0] for kind in type(student).__mro__}
+    if "pytorch_lightning" in packages:
+        raise TypeError(
+            f"student={type(student).__name__}: a LightningModule of the package "
+            "pytorch_lightning; import LightningModule and Trainer from lightning.pytorch instead"
+        )
+    if isinstance(getattr(student, "_orig_mod", None), L.LightningModule):
+        raise TypeError(
+            "student: a compiled LightningModule; compile its layers, or the DistillationModule"
+        )
+    names = {id(parameter): name for name, parameter in teacher.named_parameters()}
+    for name, parameter in student.named_parameters():
+        if id(parameter) in names:
+            raise ValueError(
+                f"teacher: its parameter {names[id(parameter)]!r} is also the student's {name!r}, "
+                "so that training would change the teacher; pass copy.deepcopy(teacher)"
+            )
+
+
+def check_settings(
+    alpha: Any, temperature: Any, loss: Any, optimizer: Any, student: nn.Module
+) -> None:
+    """Raise TypeError or ValueError for an argument that makes no sense."""
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+        raise ValueError(
+            f"alpha={alpha!r}: expected the weight of the distillation loss, a fraction in [0, 1]"
+        )
+    check_temperature(temperature)
+    if loss is not None and not callable(loss):
+        raise TypeError(
+            f"loss={loss!r}: expected a function of the student's and the teacher's output"
+        )
+    if loss is not None and temperature != DEFAULT_TEMPERATURE:
+        raise ValueError(
+            f"temperature={temperature!r}: is of the default loss only, and loss= is given; for "
+            "soft targets leave loss= out, or set the temperature in your own loss"
+        )
+    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+        raise ValueError(
+            f"loss={type(loss).__name__}: has parameters, which no optimizer would train; "
+            "make them a part of a LightningModule student"
+        )
+    if optimizer is None:
+        return
+    if isinstance(student, L.LightningModule):
+        raise ValueError(
+            "optimizer: is for a plain nn.Module; the optimizers of a LightningModule student are "
+            f"those of {type(student).__name__}.configure_optimizers"
+        )
+    if isinstance(optimizer, Optimizer) or not callable(optimizer):
+        raise TypeError(
+            f"optimizer={type(optimizer).__name__}: expected a function of the parameters, such as "
+            "functools.partial(torch.optim.SGD, lr=0.1)"
+        )
+
+
+def check_logits(student: nn.Module, logits: str | None) -> None:
+    """Raise unless ``logits`` is for this kind of student, and names a submodule or may do later.
+
+    Layers that are made in ``configure_model`` or ``setup`` do not exist yet.
+    """
+    if logits is None:
+        return
+    if not isinstance(student, L.LightningModule):
+        raise ValueError(
+            f"logits={logits!r}: is for a LightningModule; the logits of a plain nn.Module are "
+            "what it returns"
+        )
+    if not (is_overridden("configure_model", student) or is_overridden("setup", student)):
+        observed_module(student, logits)
+
+
+def observed_module(student: nn.Module, logits: str | None) -> nn.Module:
+    """The submodule of ``student`` that returns the logits.
+
+    Raises:
+        ValueError: If ``logits`` names none.
+    """
+    try:
+        return student.get_submodule(logits or "")
+    except AttributeError:
+        raise ValueError(
+            f"logits={logits!r}: {type(student).__name__} has no such submodule; "
+            f"{_children(student)}"
+        ) from None
+
+
+def _children(network: nn.Module) -> str:
+    """A sentence that tells the names of the submodules of ``network``."""
+    return f"its submodules are {', '.join(repr(name) for name, _ in network.named_children())}"
+
+
+def no_logits(student: nn.Module, logits: str | None) -> str:
+    """What to say where a step made no forward pass to distill from."""
+    through = f"logits={logits!r}" if logits else "the student itself, as self(x)"
+    message = (
+        f"{type(student).__name__}.training_step made no forward pass with gradients through "
+        f"{through}, so there are no logits to distill; name the submodule that is called and "
+        f"returns them, DistillationModule(..., logits='NAME'): {_children(student)}"
+    )
+    if not getattr(student, "automatic_optimization", True):
+        message += "; and call self.manual_backward(loss), not loss.backward()"
+    return message
+
+
+def input_and_target(batch: Any) -> tuple[Any, Any]:
+    """The two halves of a batch for a plain ``nn.Module``.
+
+    Raises:
+        TypeError: If ``batch`` is no pair.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
+    raise TypeError(
+        f"batch: a {type(batch).__name__}{size}; a student that is a plain nn.Module needs batches "
+        "of (input, target); for any other form make it a LightningModule"
+    )
+
+
+def cross_entropy(output: Any, target: Any) -> Tensor:
+    """The loss of a plain ``nn.Module``.
+
+    Raises:
+        TypeError: If ``output`` holds no logits.
+        ValueError: If ``target`` fits neither as class indices nor as probabilities.
+    """
+    logits = logits_of(output)
+    if logits is None:
+        raise TypeError(
+            f"the student returned {type(output).__name__}: expected a tensor of logits or an "
+            "output with .logits; for any other form make it a LightningModule"
+        )
+    is_probability = isinstance(target, Tensor) and target.is_floating_point()
+    if not (is_classes(target, logits) or (is_probability and target.shape == logits.shape)):
+        what = (
+            f"{tuple(target.shape)} of {target.dtype}"
+            if isinstance(target, Tensor)
+            else type(target).__name__
+        )
+        raise ValueError(
+            f"target: {what}, for logits of shape {tuple(logits.shape)} = (batch, classes, ...); "
+            "expected class indices of shape (batch, ...) or probabilities of the logits' shape"
+        )
+    return F.cross_entropy(logits, target)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What to call ``function`` in a checkpoint."""
+    function = getattr(function, "func", function)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -1,0 +1,162 @@
+"""The forward passes that a step makes anyway, each with the teacher's output for its inputs."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from slimnets.distillation.losses import logits_of
+
+
+class Pass(NamedTuple):
+    """One forward pass: what student and teacher returned for the same inputs."""
+
+    student: Any
+    teacher: Any
+
+
+class Observation:
+    """The forward passes seen so far, oldest first."""
+
+    def __init__(self) -> None:
+        self.passes: list[Pass] = []
+        self.is_paused = False
+
+    def take(self) -> list[Pass]:
+        """The passes, which are forgotten here."""
+        passes, self.passes = self.passes, []
+        return passes
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let passes by unseen; backward makes some, under activation checkpointing."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+
+@contextmanager
+def observe(
+    network: nn.Module, ask_teacher: Callable[..., Any], training: bool
+) -> Iterator[Observation]:
+    """See the forward passes through ``network``.
+
+    Args:
+        network: The module whose output is the logits.
+        ask_teacher: Called with each pass's inputs before ``network`` is.
+        training: Whether to see those passes only whose output carries gradients; what a step
+            computes under ``no_grad`` (pseudo-labels, say) is no output to be trained.
+    """
+    observation = Observation()
+    answers: list[Any] = []
+
+    def wanted() -> bool:
+        return not observation.is_paused and (torch.is_grad_enabled() or not training)
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        if wanted():
+            answers.append(ask_teacher(*args, **kwargs))
+
+    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if wanted():
+            observation.passes.append(Pass(output, answers.pop()))
+
+    handles = (
+        network.register_forward_pre_hook(before, with_kwargs=True),
+        network.register_forward_hook(after, with_kwargs=True),
+    )
+    try:
+        yield observation
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Report:
+    """What is told of a step: the terms of its loss, and how well student and teacher agree.
+
+    Args:
+        batch: The step's batch. Where it is an (input, target) pair with the index of a class for
+            every position of the logits, accuracies are told.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self.samples = 0
+        self._target = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
+        self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Note ``value``; several backward calls make several of one name."""
+        self._values[name].append(value.detach())
+
+    def measure(self, seen: Pass) -> None:
+        """Note how often student and teacher agree, and how often each is right, as fractions.
+
+        Nothing is noted of outputs that are not class logits of equal shapes.
+        """
+        student, teacher = logits_of(seen.student), logits_of(seen.teacher)
+        if student is None or teacher is None or student.shape != teacher.shape or student.ndim < 2:
+            self.samples += 1
+            return
+        self.samples += len(student)
+        self.add("agreement", _accuracy(student, teacher.argmax(dim=1)))
+        if self._target is not None and is_classes(self._target, student):
+            self.add("student_accuracy", _accuracy(student, self._target))
+            self.add("teacher_accuracy", _accuracy(teacher, self._target))
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Each name with its value: of losses the sum, of the others the mean."""
+        for name, values in self._values.items():
+            stacked = torch.stack(values)
+            yield name, stacked.sum() if name.endswith("loss") else stacked.mean()
+
+
+def distillation_loss(
+    loss: Callable[[Any, Any], Tensor], passes: list[Pass], report: Report
+) -> Tensor:
+    """The mean of ``loss`` over ``passes``, which ``report`` is told.
+
+    Raises:
+        TypeError: If ``loss`` returns anything but a tensor of one value.
+    """
+    values = []
+    for seen in passes:
+        value = loss(seen.student, seen.teacher)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(
+                f"loss={loss}: returned {what}, expected a tensor of one value; reduce it over the "
+                "batch, with .mean() for example"
+            )
+        values.append(value.reshape(()))
+        report.measure(seen)
+    mean = torch.stack(values).mean()
+    report.add("distillation_loss", mean)
+    return mean
+
+
+def is_classes(target: Any, logits: Tensor) -> bool:
+    """Whether ``target`` holds the index of a class for every position of ``logits``."""
+    return (
+        isinstance(target, Tensor)
+        and not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+        and target.shape == logits.shape[:1] + logits.shape[2:]
+    )
+
+
+def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
+    # -100 is what torch's cross entropy ignores, too
+    return multiclass_accuracy(
+        logits,
+        target,
+        num_classes=logits.shape[1],
+        average="micro",
+        ignore_index=-100,
+        validate_args=False,
+    )

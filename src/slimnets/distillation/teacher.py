@@ -1,0 +1,96 @@
+"""The teacher: a frozen network that stands beside the module tree, not in it."""
+
+import hashlib
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+class Teacher:
+    """A frozen network that no module tree knows.
+
+    What is not a submodule is in no state dict, ``parameters()``, optimizer or gradient bucket, and
+    no ``train()`` reaches it. Copies of the module that holds it share it.
+
+    Args:
+        network: The network: put into eval mode, and its parameters no longer require gradients.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's output, without a graph, for a copy of the inputs in its own precision."""
+        if self.network.training:
+            self.network.eval()
+        dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), None)
+
+        def own(tensor: Tensor) -> Tensor:
+            # a copy, for either network may work in place on what it is given
+            return tensor.detach().to(dtype if tensor.is_floating_point() else None, copy=True)
+
+        with torch.no_grad():
+            args, kwargs = apply_to_collection((args, kwargs), Tensor, own)
+            return self.network(*args, **kwargs)
+
+    def to(self, device: torch.device) -> None:
+        """Move the network; its precision stays, for a lower one would not come back."""
+        tensor = next(chain(self.network.parameters(), self.network.buffers()), None)
+        if tensor is not None and tensor.device != device and device.type != "meta":
+            # weights that are made in inference mode, as in validation, stay unfit for training
+            with torch.inference_mode(False):
+                self.network.to(device)
+
+    def fingerprint(self) -> str:
+        """A hash of the names, shapes and a sample of the values of the weights."""
+        digest = hashlib.sha256()
+        network = getattr(self.network, "_orig_mod", self.network)
+        for name, tensor in network.state_dict().items():
+            if isinstance(tensor, Tensor):
+                flat = tensor.detach().flatten()
+                sample = flat[:: max(1, len(flat) // 1024)].contiguous().cpu()
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
+        return self
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Fill ``network`` from a file of its state dict.
+
+    Args:
+        network: The network, as its author builds it.
+        path: A ``.safetensors`` file, or one of ``torch.save`` with a state dict or a checkpoint of
+            Lightning in it; what is pickled beside tensors and plain values is refused.
+
+    Raises:
+        ValueError: If names or shapes are not those of ``network``, which is left as it was.
+    """
+    if Path(path).suffix == ".safetensors":
+        state: dict[str, Any] = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+    own = network.state_dict()
+    wrong = sorted(
+        name
+        for name in own.keys() | state.keys()
+        if name not in own or name not in state or _shape(own[name]) != _shape(state[name])
+    )
+    if wrong:
+        raise ValueError(
+            f"teacher_weights={str(path)!r} are not of this {type(network).__name__}: "
+            f"{len(wrong)} of {len(own)} names or shapes differ, {wrong[0]!r} the first"
+        )
+    network.load_state_dict(state)
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)
