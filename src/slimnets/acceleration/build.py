@@ -36,6 +36,7 @@ class Table:
     scratch: int
     outputs: list[Shape]
     products: int
+    owners: list[str]  # of each op: the name of its step, "" at the borders
     keep: list[Any] = field(repr=False)
 
 
@@ -72,6 +73,7 @@ class _Builder:
         self.last_use.update(dict.fromkeys(outputs, len(steps)))
         self.ops: list[list[int]] = []
         self.floats: list[tuple[float, float, float]] = []
+        self.owners: list[str] = []
         self.keep: list[Any] = []
         self.places: dict[int, int] = {}
         self.free: dict[Layout, list[int]] = {}
@@ -91,9 +93,11 @@ class _Builder:
         for i, op in enumerate(self.ops):
             ops[i, : len(op)] = op
         floats = np.array(self.floats, np.float32).reshape(-1, 3)
-        shapes = [self.shapes[v] for v in self.outputs]
-        end = self.end + SLACK
-        return Table(ops, floats, end, self.scratch, shapes, self.products, self.keep)
+        shapes, end = [self.shapes[v] for v in self.outputs], self.end + SLACK
+        if end > 2**31 - 1:
+            raise ValueError("offsets that do not fit 32 bits")
+        more = (self.products, self.owners, self.keep)
+        return Table(ops, floats, end, self.scratch, shapes, *more)
 
     def _margins(self) -> dict[tuple[int, int], tuple[int, int]]:
         """Zeros around all images of one size, so that values can be added as they lie."""
@@ -127,6 +131,7 @@ class _Builder:
 
     def _emit(self, op: list[int], step: Step | None = None, scale: float = 1.0) -> None:
         self.ops.append(op)
+        self.owners.append(step.name if step else "")
         limits = (step.low, step.high) if step else (-np.inf, np.inf)
         self.floats.append((scale, *limits))
 
@@ -148,6 +153,7 @@ class _Builder:
             step.target,
             step.low,
             step.high,
+            name=step.name,
             weight=step.sparse(image),
             bias=step.bias,
             kernel=(image.height, image.width),
@@ -184,7 +190,7 @@ class _Builder:
         weight = step.weight
         y = weight.ky * step.dilation[0] + source.top - step.padding[0]
         x = weight.kx * step.dilation[1] + source.left - step.padding[2]
-        return weight.channel * source.plane + (y * source.pitch + x) * self.samples
+        return weight.channel * np.int64(source.plane) + (y * source.pitch + x) * self.samples
 
     def _split(self, source: Layout, at: int, phases: "_Phases") -> int:
         """Gather the rows and columns that a strided convolution reads, phase by phase."""
@@ -195,7 +201,7 @@ class _Builder:
             op += [s.height, s.width, source.row, source.base, source.plane]
             op += [layout.row, len(phases.used) * layout.plane, *phases.stride]
             op += [y - phases.padding[0], x - phases.padding[2]]
-            self._emit([*op, layout.shape.height, layout.shape.width])
+            self._emit([*op, layout.shape.height, layout.shape.width], phases.step)
         return place
 
     def _pool(self, step: Pool) -> None:
@@ -229,6 +235,7 @@ class _Phases:
     """The input of a strided convolution, cut so that the convolution has stride one."""
 
     def __init__(self, step: Conv, image: Shape, target: Layout, samples: int) -> None:
+        self.step = step
         self.stride, self.padding, self.dilation = step.stride, step.padding, step.dilation
         top, bottom, left, right = step.padding
         height = -(-(image.height + top + bottom) // step.stride[0])
@@ -249,6 +256,6 @@ class _Phases:
         number = np.zeros((sh, sw), np.int64)
         for i, phase in enumerate(self.used):
             number[phase] = i
-        plane = weight.channel * len(self.used) + number[y % sh, x % sw]
+        plane = weight.channel * np.int64(len(self.used)) + number[y % sh, x % sw]
         layout = self.layout
         return plane * layout.plane + (y // sh * layout.pitch + x // sw) * layout.samples

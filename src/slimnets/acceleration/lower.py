@@ -21,6 +21,9 @@ from slimnets.acceleration.steps import (
 )
 from slimnets.acceleration.trace import is_plain, module_of
 
+LEAST_ZEROS = 0.3
+SMALL = 10_000
+
 Form = str
 """How a value lies outside the engine: ``"image"`` (batch, channels, rows, columns) or
 ``"features"`` (..., features)."""
@@ -102,7 +105,7 @@ _LIMITS: dict[Any, tuple[float, float]] = {
 
 
 def _of_layer(m: nn.Module, source: fx.Node, form: Form | None) -> Known | None:
-    if m.weight.dtype != torch.float32 or not m.weight.numel():  # type: ignore[union-attr, operator]
+    if m.weight.dtype != torch.float32 or not _worth_trying(m.weight):  # type: ignore[arg-type]
         return None
     if isinstance(m, nn.Linear):
         return ([source], _linear(m), "features") if _is_flat(source) else None
@@ -110,6 +113,12 @@ def _of_layer(m: nn.Module, source: fx.Node, form: Form | None) -> Known | None:
     if not isinstance(m, nn.Conv2d) or form != "image" or rank != 4 or m.padding_mode != "zeros":
         return None
     return [source], _conv(m), "image"
+
+
+def _worth_trying(weight: Tensor) -> bool:
+    """Whether a sparse product may win, or costs next to nothing (depthwise, for example)."""
+    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    return weight.numel() > 0 and (zeros >= LEAST_ZEROS * weight.numel() or weight.numel() <= SMALL)
 
 
 def _is_flat(source: fx.Node) -> bool:

@@ -2,8 +2,9 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ ARENA_BYTES = 16 << 20
 
 MOST_SAMPLES = 256
 SHAPES_KEPT = 8
+PROFILE_RUNS = 3
 PRODUCTS_WORTH_A_THREAD = 200_000
 
 
@@ -53,6 +55,22 @@ class _Plan:
                 self.tables[samples] = build(*self.arguments, samples)
             return self.tables[samples]
 
+    def profile(self, samples: int, io: Any) -> dict[str, float]:
+        """Seconds that each step takes in one thread, by its name."""
+        table, seconds = self.table(samples), dict[str, float]()
+        memory = _zeros(table.arena + table.scratch + 64)
+        base = int(memory.ctypes.data)
+        best = [float("inf")] * len(table.ops)
+        for _ in range(PROFILE_RUNS):
+            for i in range(len(table.ops)):
+                at = (base, base + 4 * table.arena, io, 0, 0, 1)
+                start = perf_counter()
+                interpret(table.ops[i : i + 1], table.floats[i : i + 1], *at)
+                best[i] = min(best[i], perf_counter() - start)
+        for owner, time in zip(table.owners, best, strict=True):
+            seconds[owner] = seconds.get(owner, 0.0) + time
+        return seconds
+
     def run(self, samples: int, io: Any, most_threads: int) -> None:
         table = self.table(samples)
         threads = max(1, min(most_threads, table.products // PRODUCTS_WORTH_A_THREAD))
@@ -71,6 +89,9 @@ class _Plan:
 
         together(job, threads)
         arenas.append(memory)
+
+
+Run = Callable[[_Plan, int, Any], None]
 
 
 def _zeros(floats: int) -> Any:
@@ -114,6 +135,10 @@ class Region(nn.Module):
 
     def forward(self, *arguments: Any) -> Any:
         """The outputs for these tensors; numbers among them are for the fallback."""
+        threads = torch.get_num_threads()
+        return self._forward(arguments, lambda plan, n, io: plan.run(n, io, threads))
+
+    def _forward(self, arguments: tuple[Any, ...], run: Run) -> Any:
         used = [arguments[port.argument] for port in self.inputs]
         plan, batch = self._plan(used)
         if plan is None or batch == 0:
@@ -124,20 +149,30 @@ class Region(nn.Module):
         for port, shape in zip(self.outputs, plan.table(1).outputs, strict=True):
             tail = (shape.size,) if port.features else (shape.channels, shape.height, shape.width)
             results.append(torch.empty(*lead, *tail))
-        self._compute(plan, batch, tensors, results)
+        self._compute(plan, batch, tensors, results, run)
         return results[0] if len(results) == 1 else tuple(results)
 
+    def profile(self, *arguments: Any) -> dict[str, float]:
+        """Seconds that each step takes for these arguments in one thread; "" are the borders."""
+        seconds: dict[str, float] = {}
+
+        def add(plan: _Plan, samples: int, io: Any) -> None:
+            for name, time in plan.profile(samples, io).items():
+                seconds[name] = seconds.get(name, 0.0) + time
+
+        self._forward(arguments, add)
+        return seconds
+
     def _compute(
-        self, plan: _Plan, batch: int, tensors: Sequence[Tensor], results: Sequence[Tensor]
+        self, plan: _Plan, batch: int, tensors: Sequence[Tensor], results: Sequence[Tensor], run: Run
     ) -> None:
         addresses = np.array([t.data_ptr() for t in (*tensors, *results)], np.int64)
         sizes = [s.size for s in (*plan.inputs, *plan.table(1).outputs)]
         steps = 4 * np.array(sizes, np.int64)
-        threads = torch.get_num_threads()
         done = 0
         while done < batch:
             samples = min(plan.most, 1 << ((batch - done).bit_length() - 1))
-            plan.run(samples, addresses + done * steps, threads)
+            run(plan, samples, addresses + done * steps)
             done += samples
 
     def _plan(self, tensors: Sequence[Any]) -> tuple[_Plan | None, int]:

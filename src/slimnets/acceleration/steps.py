@@ -6,12 +6,13 @@ channels (features are an image of one pixel).
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
+Ints = NDArray[np.integer[Any]]
 INFINITY = math.inf
 
 
@@ -59,7 +60,7 @@ class NonZeros:
     @classmethod
     def of(cls, weight: Floats, groups: int = 1) -> "NonZeros":
         """The non-zeros of ``weight`` (outputs, inputs of a group, kernel rows, columns)."""
-        row, channel, ky, kx = np.nonzero(weight)
+        row, channel, ky, kx = (i.astype(np.int32) for i in np.nonzero(weight))
         values = weight[row, channel, ky, kx]
         outputs, inputs = weight.shape[:2]
         local, channel = channel, channel + row // (outputs // groups) * inputs

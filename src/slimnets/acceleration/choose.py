@@ -1,0 +1,167 @@
+"""Chooses by measuring: how each layer of a graph is computed, and which variant is fastest."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from slimnets.acceleration.dense import csr, exchange, following_relu, packed
+from slimnets.acceleration.measure import fastest
+from slimnets.acceleration.report import Row
+from slimnets.acceleration.trace import Recorder, is_plain, module_of
+
+try:
+    from slimnets.acceleration.partition import annotate, cut
+    from slimnets.acceleration.region import Region
+
+    ENGINE = True
+except ImportError:  # Numba is not installed
+    ENGINE = False
+
+FEW_SECONDS = 0.2
+CSR_FROM = 0.6
+"""Share of zeros below which a CSR product is not worth trying."""
+
+EAGER = "PyTorch"
+SPARSE = "sparse kernel"
+
+
+@dataclass
+class _Layer:
+    """A convolution or linear layer, what it reads, and the seconds that each choice takes."""
+
+    node: fx.Node
+    layer: Any
+    argument: Tensor
+    times: dict[str, float] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    relu: bool = False
+
+    @property
+    def zeros(self) -> float:
+        """Share of the weights that are zero."""
+        weight = self.layer.weight
+        return 1.0 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
+
+    @property
+    def outside(self) -> str:
+        """The fastest choice outside the engine."""
+        return min((c for c in self.times if c != SPARSE), key=self.times.__getitem__)
+
+
+@dataclass
+class Choice:
+    """The variants of a graph, and what they compute the layers with."""
+
+    variants: dict[str, Callable[..., Any]]
+    rows: dict[str, list[Row]]
+
+
+def choose(traced: fx.GraphModule, arguments: tuple[Any, ...]) -> Choice:
+    """Variants of ``traced`` whose shapes have been recorded on ``arguments``."""
+    layers = _layers(traced, arguments)
+    for layer in layers.values():
+        _time_outside(layer)
+    variants: dict[str, Callable[..., Any]] = {}
+    rows: dict[str, list[Row]] = {}
+
+    def add(name: str, graph: fx.GraphModule | None, inside: set[str]) -> None:
+        if graph is not None:
+            variants[name] = graph
+            rows[name] = [_row(one, SPARSE if n in inside else one.outside) for n, one in layers.items()]
+
+    add("dense", _variant(traced, layers, set()), set())
+    add("dense, channels last", _channels_last(_variant(traced, layers, set())), set())
+    if ENGINE and layers:
+        computable = {node.name for node in annotate(traced)}
+        inside = set(layers) & computable
+        whole = _variant(traced, layers, computable)
+        _time_inside(whole, arguments, layers)
+        add("sparse", whole, inside)
+        slow = {n for n in inside if layers[n].times.get(SPARSE, 0.0) > layers[n].times[layers[n].outside]}
+        if slow and slow != inside:
+            mixed = _variant(traced, layers, computable - slow)
+            add("mixed", mixed, inside - slow)
+    return Choice(variants, rows)
+
+
+def _layers(traced: fx.GraphModule, arguments: tuple[Any, ...]) -> dict[str, _Layer]:
+    recorder = Recorder(traced)
+    recorder.run(*arguments)
+    found = {}
+    for node, values in recorder.arguments.items():
+        if len(values) == 1 and isinstance(values[0], Tensor) and not node.kwargs:
+            found[node.name] = _Layer(node, module_of(node), values[0])
+    return found
+
+
+def _time_outside(one: _Layer) -> None:
+    one.relu = following_relu(one.node) is not None
+    one.modules = {"dense, packed": packed(one.layer, one.argument, one.relu)}  # type: ignore[dict-item]
+    if one.zeros >= CSR_FROM:
+        one.modules["CSR"] = csr(one.layer, one.argument, one.relu)  # type: ignore[assignment]
+    one.modules = {k: v for k, v in one.modules.items() if v is not None}
+    calls: dict[str, Callable[[], Any]] = {EAGER: lambda: one.layer(one.argument)}
+    for name, module in one.modules.items():
+        calls[name] = lambda module=module: module(one.argument)  # type: ignore[misc]
+    one.times = fastest(calls, FEW_SECONDS)
+
+
+def _variant(
+    traced: fx.GraphModule, layers: dict[str, _Layer], inside: set[str]
+) -> fx.GraphModule:
+    """A copy of ``traced`` with the nodes named ``inside`` in the engine."""
+    graph = fx.GraphModule(traced, copy.deepcopy(traced.graph))
+    for node in list(graph.graph.nodes):
+        one = layers.get(node.name)
+        if one is None or node.name in inside or not is_plain(module_of(node)):
+            continue
+        if one.outside != EAGER:
+            relu = following_relu(node)
+            exchange(graph, node, one.modules[one.outside], relu)
+    graph.recompile()
+    if inside:
+        cut(graph, {node for node in graph.graph.nodes if node.name in inside})
+    return graph
+
+
+def _channels_last(graph: fx.GraphModule) -> fx.GraphModule | None:
+    images = [
+        n for n in graph.graph.nodes if n.op == "placeholder" and len(n.meta.get("shape", ())) == 4
+    ]
+    if not images:
+        return None
+    for node in images:
+        with graph.graph.inserting_after(node):
+            last = {"memory_format": torch.channels_last}
+            changed = graph.graph.call_method("contiguous", (node,), last)
+        node.replace_all_uses_with(changed, delete_user_cb=lambda user, new=changed: user is not new)
+    graph.recompile()
+    return graph
+
+
+def _time_inside(
+    graph: fx.GraphModule, arguments: tuple[Any, ...], layers: dict[str, _Layer]
+) -> None:
+    seconds: dict[str, float] = {}
+
+    class Profiler(fx.Interpreter):
+        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+            module = self.fetch_attr(target)
+            if isinstance(module, Region):
+                seconds.update(module.profile(*args))
+            return super().call_module(target, args, kwargs)
+
+    Profiler(graph).run(*arguments)
+    for one in layers.values():
+        if str(one.node.target) in seconds:
+            one.times[SPARSE] = seconds[str(one.node.target)]
+
+
+def _row(one: _Layer, choice: str) -> Row:
+    before, after = one.times[EAGER], one.times.get(choice, one.times[EAGER])
+    kind = type(one.layer).__name__
+    return Row(str(one.node.target), kind, one.zeros, choice, before * 1e3, after * 1e3)

@@ -1,0 +1,162 @@
+"""The accelerated network, and the way there."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimnets.acceleration.choose import ENGINE, choose
+from slimnets.acceleration.measure import fastest
+from slimnets.acceleration.report import Report
+from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace
+from slimnets.layers import compressed_network
+
+LEAST_GAIN = 1.02
+TOLERANCE = 1e-4
+"""Largest difference from PyTorch's result that is taken for rounding, as a share of its largest
+value."""
+
+
+class Accelerated(nn.Module):
+    """A network for inference, computed the fastest way that was found.
+
+    Inputs of another type, rank or device than the example's, keyword arguments, autocast and
+    anything else that was not foreseen go to ``original``, a copy of the network in eval mode.
+    There is no gradient.
+
+    Attributes:
+        report: What was chosen for each layer, and what it gained.
+    """
+
+    def __init__(
+        self, original: nn.Module, fast: nn.Module | None, example: tuple[Any, ...], report: Report
+    ) -> None:
+        super().__init__()
+        self.original = original
+        self.fast = fast
+        self.report = report
+        self.expected = [_kind(value) for value in example]
+        self.state = _placement(original)
+        self.eval()
+
+    @torch.compiler.disable  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network computes, in eval mode and without gradients."""
+        with torch.no_grad():
+            if self.fast is None or kwargs or not self._expects(args):
+                return self.original(*args, **kwargs)
+            try:
+                return self.fast(*args)
+            except Exception:  # PyTorch's own error, or what the graph did not foresee
+                return self.original(*args)
+
+    def _expects(self, args: tuple[Any, ...]) -> bool:
+        if torch.is_autocast_enabled("cpu") or len(args) != len(self.expected):
+            return False
+        return all(_kind(value) == kind for value, kind in zip(args, self.expected, strict=True))
+
+    def train(self, mode: bool = True) -> "Accelerated":
+        """Stays in eval mode, as it cannot be trained."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Accelerated":
+        self.original._apply(fn, recurse)
+        if _placement(self.original) != self.state:  # moved, or of another type
+            self.fast = None
+        return self
+
+
+def _kind(value: Any) -> Any:
+    """What has to stay the same for the graph to be right."""
+    if type(value) in (Tensor, nn.Parameter):
+        return value.dtype, value.device.type, value.dim(), value.layout
+    return type(value), value if isinstance(value, int | float | str | bool | None) else None
+
+
+def _placement(module: nn.Module) -> list[tuple[torch.dtype, torch.device]]:
+    tensors = [*module.parameters(), *module.buffers()]
+    return [(t.dtype, t.device) for t in tensors]
+
+
+def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
+    """A copy of ``model`` for inference on this processor, as fast as was found by measuring.
+
+    Args:
+        model: Any module. It is copied and left as it is.
+        example_input: An input tensor, or a tuple of the arguments of ``forward``. What is
+            fastest is measured on it, so give the batch size that you deploy with; other batch
+            sizes and image sizes work.
+
+    Returns:
+        A module that computes the same in eval mode (up to rounding, see ``docs``), with what was
+        chosen in its ``report``.
+    """
+    example = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
+    original = _copy(compressed_network(model))
+    with torch.no_grad():
+        expected = original(*example)
+        fast, report = _fastest(original, example, expected)
+    return Accelerated(original, fast, example, report)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    trainer = getattr(model, "_trainer", None)
+    memo = {} if trainer is None else {id(trainer): None}  # not the Trainer of a LightningModule
+    return copy.deepcopy(model, memo).eval().requires_grad_(False)
+
+
+def _fastest(
+    original: nn.Module, example: tuple[Any, ...], expected: Any
+) -> tuple[nn.Module | None, Report]:
+    report = Report(threads=torch.get_num_threads())
+    graph = trace(original, len(example))
+    if graph is None:
+        report.note = "The network cannot be traced: it stays as it is."
+        return None, report
+    Recorder(graph).run(*example)
+    fold_batch_norm(graph)
+    Recorder(graph).run(*example)
+    choice = choose(graph, example)
+    variants = {n: v for n, v in choice.variants.items() if _same(v, example, expected)}
+    calls: dict[str, Any] = {"PyTorch": lambda: original(*example)}
+    calls.update({n: lambda v=v: v(*example) for n, v in variants.items()})
+    times = fastest(calls)
+    best = min(times, key=times.__getitem__)
+    if times[best] * LEAST_GAIN > times["PyTorch"]:
+        best = "PyTorch"
+    report.before, report.after = times["PyTorch"] * 1e3, times[best] * 1e3
+    report.tried = {name: seconds * 1e3 for name, seconds in times.items()}
+    report.rows = choice.rows.get(best, [])
+    if best == "PyTorch":
+        report.note = "Nothing that was tried is faster: the network stays as it is."
+        return None, report
+    if not ENGINE:
+        report.note = "Numba is missing, and with it the sparse kernel: pip install slimnets[fast]"
+    return variants[best], report  # type: ignore[return-value]
+
+
+def _same(variant: Callable[..., Any], example: tuple[Any, ...], expected: Any) -> bool:
+    try:
+        return _close(variant(*example), expected)
+    except Exception:
+        return False
+
+
+def _close(found: Any, expected: Any) -> bool:
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            return False
+        if not expected.is_floating_point():
+            return torch.equal(found, expected)
+        finite = expected[expected.isfinite()].abs()
+        scale = float(finite.max()) if finite.numel() else 1.0
+        return torch.allclose(found, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
+    if isinstance(expected, dict):
+        same = isinstance(found, dict) and found.keys() == expected.keys()
+        return same and all(_close(found[k], v) for k, v in expected.items())
+    if isinstance(expected, tuple | list):
+        same = isinstance(found, tuple | list) and len(found) == len(expected)
+        return same and all(_close(f, e) for f, e in zip(found, expected, strict=True))
+    return bool(found == expected)

@@ -1,0 +1,85 @@
+"""What was chosen for each layer, and what it gained."""
+
+import io
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer.
+
+    Attributes:
+        name: Its name in the network.
+        kind: Its type.
+        zeros: Share of its weights that are zero, in [0, 1].
+        choice: How it is computed now.
+        before: Milliseconds that PyTorch takes for it on the example.
+        after: Milliseconds that it takes now; what was folded into it is counted here.
+    """
+
+    name: str
+    kind: str
+    zeros: float
+    choice: str
+    before: float
+    after: float
+
+    @property
+    def gain(self) -> float:
+        """How many times faster it has become."""
+        return self.before / self.after if self.after else float("inf")
+
+
+@dataclass
+class Report:
+    """What ``accelerate`` did, measured on the example.
+
+    Attributes:
+        rows: One for each convolution and linear layer.
+        before: Milliseconds for the whole network in PyTorch.
+        after: Milliseconds for the whole network now.
+        threads: Threads that it was measured with.
+        tried: Milliseconds of every variant of the network that was tried.
+        note: What else there is to say.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    before: float = 0.0
+    after: float = 0.0
+    threads: int = 1
+    tried: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def gain(self) -> float:
+        """How many times faster the whole network has become."""
+        return self.before / self.after if self.after else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain types."""
+        return asdict(self)
+
+    def __rich__(self) -> Table:
+        plural = "s" if self.threads > 1 else ""
+        table = Table(title=f"Accelerated, {self.threads} thread{plural}", caption=self.note or None)
+        for name in ("layer", "type"):
+            table.add_column(name, footer="all" if name == "layer" else "")
+        table.add_column("zeros", justify="right")
+        table.add_column("computed by")
+        totals = (f"{self.before:.3f}", f"{self.after:.3f}", f"{self.gain:.1f}x")
+        for name, total in zip(("before, ms", "now, ms", "gain"), totals, strict=True):
+            table.add_column(name, footer=total, justify="right")
+        table.show_footer = True
+        for row in self.rows:
+            times = (f"{row.before:.3f}", f"{row.after:.3f}", f"{row.gain:.1f}x")
+            table.add_row(row.name, row.kind, f"{row.zeros:.1%}", row.choice, *times)
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=110).print(self)
+        return text.getvalue()
