@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimnets.pruning.masks import lowest
+from slimnets.pruning.masks import lowest, zero_
 
 SCORES = [
     torch.randn(1000),
@@ -75,3 +75,26 @@ def test_the_scores_are_not_changed():
     before = scores.clone()
     lowest([scores], 50)
     assert torch.equal(scores, before)
+
+
+LAYOUTS = {
+    "flat": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 1),
+    "strided": lambda x: x.repeat(2, 1, 1, 1)[::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_zeros_are_positive_whatever_stood_there_and_the_rest_is_untouched(dtype, layout):
+    values = torch.randn(600, 9, 8, 8).to(dtype)
+    values[0, 0, 0, :4] = torch.tensor([-1.0, torch.nan, torch.inf, -0.0])
+    values = LAYOUTS[layout](values)
+    chosen = torch.rand(values.shape) < 0.9
+    chosen |= ~values.isfinite()
+    before = values.clone()
+    zero_(values, chosen)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    assert not values[chosen].view(integers).any()
+    assert torch.equal(values[~chosen].view(integers), before[~chosen].view(integers))

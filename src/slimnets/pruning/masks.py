@@ -1,4 +1,4 @@
-"""From scores to masks: exactly k weights, over one tensor or many, in linear time."""
+"""From scores to masks, exactly k weights over one tensor or many; and masks applied."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 _DIGIT = 16  # bits that one pass over the scores settles; float32 has two such digits
 _BINS = 1 << _DIGIT
-_CHUNK = 1 << 18  # scores worked on at a time: what is computed from them stays in the cache
+_CHUNK = 1 << 18  # what is worked on at a time, so that what is computed from it stays in the cache
+_BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def lowest(scores: Sequence[Tensor], k: int) -> tuple[list[Tensor], float]:
@@ -46,6 +47,24 @@ def lowest(scores: Sequence[Tensor], k: int) -> tuple[list[Tensor], float]:
     equal = [_equals(score, threshold) for score in comparable]
     _choose_among_equals(chosen, equal, k - below)
     return chosen, threshold
+
+
+def zero_(values: Tensor, chosen: Tensor) -> None:
+    """Set ``values`` to +0.0, in place, where ``chosen`` is True.
+
+    Args:
+        values: Of any shape and floating-point dtype.
+        chosen: Bool, of the same shape and on the same device.
+    """
+    bits = _BITS_OF.get(values.element_size())
+    is_flat = values.is_contiguous() and chosen.is_contiguous()
+    if bits is None or not is_flat or values.device.type != "cpu":
+        values.masked_fill_(chosen, 0)
+        return
+    # masked_fill_ is a scalar loop on the CPU; this takes a third of its time
+    flat, marks = values.view(-1).view(bits), chosen.view(-1).view(torch.int8)
+    for part, mark in zip(flat.split(_CHUNK), marks.split(_CHUNK), strict=True):
+        part.bitwise_and_(mark.to(bits).sub_(1))
 
 
 def _kth(scores: Sequence[Tensor], k: int) -> tuple[float, int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimnets.layers import Selectors, compressed_network
 from slimnets.pruning.criteria import magnitude
-from slimnets.pruning.masks import lowest
+from slimnets.pruning.masks import lowest, zero_
 from slimnets.pruning.weights import (
     Criterion,
     Scope,
@@ -120,19 +120,17 @@ class Pruner:
             self.apply(self.parameters)
         return grown
 
-    @torch.no_grad()
     def apply(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Set the pruned weights to zero, in ``parameters`` that may be a copy of the network's."""
         for name, mask in self.pruned.items():
-            # not a product with the mask: that leaves -0.0, and NaN
-            parameters[name].masked_fill_(mask.to(parameters[name].device), 0)
+            zero_(parameters[name].detach(), mask.to(parameters[name].device))
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, so that norms are those of the live ones."""
         for name, mask in self.pruned.items():
             gradient = self.parameters[name].grad
             if gradient is not None:
-                gradient.masked_fill_(mask, 0)
+                zero_(gradient, mask)
 
     def _quotas(self, sparsities: Mapping[str, float]) -> list[tuple[list[str], int]]:
         """Which weights are chosen from together, and how many of them."""
