@@ -138,7 +138,8 @@ def encode(tensor: torch.Tensor, stored: torch.dtype | None = None, channel_dim:
         elif quantized := quantize(tensor, channel_dim):
             values, base, parts["scales"] = quantized
             scale = (channel_dim, base)
-    exact = values is tensor or (scale is None and same_bits(values.to(tensor.dtype), tensor))
+    restored = dequantize(values, *scale, parts["scales"]) if scale else values
+    exact = restored is tensor or same_bits(restored.to(tensor.dtype), tensor)
     bits = _bits(values)
     nonzero = bits != 0
     nonzeros = int(np.count_nonzero(nonzero))

@@ -113,17 +113,17 @@ def huffman(parts: Iterable[Bytes]) -> bytes:
     where a Huffman table of its own saves more than it costs.
     """
     coder = zlib.compressobj(level=9, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-    coded, block = b"", np.zeros(256)
+    coded, block = [], np.zeros(256)
     for part in parts:
         counts = _counts(part)
         table = _TABLE_BITS * np.count_nonzero(counts)
         if _entropy(block) + _entropy(counts) + table < _entropy(block + counts):
-            coded += coder.flush(zlib.Z_BLOCK)
+            coded.append(coder.flush(zlib.Z_BLOCK))
             block[:] = 0
-        coded += coder.compress(part.data)
+        coded.append(coder.compress(part.data))
         block += counts
         block *= block.sum() % _BLOCK / max(block.sum(), 1)  # zlib's own blocks are full at that
-    return coded + coder.flush()
+    return b"".join([*coded, coder.flush()])
 
 
 def unhuffman(data: bytes, most: int, name: str) -> Bytes:

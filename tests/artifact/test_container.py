@@ -1,0 +1,220 @@
+"""Files: their size against the limit, and written whole or not at all."""
+
+import os
+import random
+import resource
+import signal
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import numpy as safetensors
+from torch import Tensor, nn
+
+from slimnets.artifact.container import inspect, pack, write
+from slimnets.artifact.quantize import quantize
+
+
+def convolutional(width: int, sparsity: float) -> dict[str, Tensor]:
+    """The state dict of a pruned VGG-19 with ``width`` channels in its first layer."""
+    plan = [1, 1, 2, 2, 4, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8]
+    channels = [3, *(width * size for size in plan)]
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(channels):
+        layers += [nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU()]
+    state = nn.Sequential(*layers, nn.Linear(channels[-1], 10)).state_dict()
+    for tensor in state.values():
+        if tensor.dim() > 1:
+            tensor.normal_(0, 0.05)
+            count = round(sparsity * tensor.numel())
+            tensor[tensor.abs() <= tensor.abs().flatten().kthvalue(count).values] = 0.0
+        elif tensor.dim():
+            tensor.normal_(1, 0.1)
+    return state
+
+
+def limit(state: dict[str, Tensor], dtype: torch.dtype | None) -> float:
+    """Bytes that theory allows, nothing allowed for names, shapes and int8's scales."""
+    total = 0.0
+    for tensor in state.values():
+        quantized = quantize(tensor, 0) if dtype is torch.int8 else None
+        if quantized:
+            values = quantized[0][quantized[0] != 0]
+            total += entropy(values.unique(return_counts=True)[1]) / 8
+            stored: Tensor = quantized[0]
+        else:
+            smaller = dtype if dtype and dtype.is_floating_point else tensor.dtype
+            stored = tensor.to(smaller) if tensor.is_floating_point() else tensor
+            total += int(stored.count_nonzero()) * stored.itemsize
+        nonzeros = int(stored.count_nonzero())
+        total += entropy(torch.tensor([nonzeros, stored.numel() - nonzeros])) / 8
+    return total
+
+
+def entropy(counts: Tensor) -> float:
+    """Bits of as many symbols as ``counts`` sum up to."""
+    counts = counts[counts > 0].double()
+    return float((counts * (counts.sum() / counts).log2()).sum())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    ("sparsity", "width"), [(0.5, 8), (0.75, 8), (0.9, 16), (0.95, 16), (0.99, 32), (0.995, 40)]
+)
+def test_a_file_is_no_larger_than_theory_says(
+    sparsity: float, width: int, dtype: torch.dtype | None
+) -> None:
+    state = convolutional(width, sparsity)
+    data = pack(state, dtype)
+    assert len(data) > 95_000
+    # exponents of floats are no noise, so that these are well below it
+    assert len(data) < (1.02 if dtype is torch.int8 else 0.9) * limit(state, dtype)
+
+
+def test_a_small_file_is_small() -> None:
+    net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert len(pack(net.state_dict())) < 46 * 4 + 500
+
+
+def test_it_is_a_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    write(path, pack(convolutional(1, 0.9)))
+    streams = safetensors.load_file(path)
+    assert set(streams) == {"gaps", "high", "low"}
+    assert {array.dtype.name for array in streams.values()} == {"uint8"}
+
+
+def test_inspect_says_what_is_stored_and_what_is_not_exact(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    weight = torch.randn(6, 4)
+    state = {
+        "a.weight": weight,
+        "b.weight": weight,
+        "a.bias": torch.ones(6),
+        "step": torch.tensor(3),
+    }
+    write(path, pack(state, torch.float16))
+    info = inspect(path)
+    assert info.version == 1
+    assert info.ties == {"b.weight": "a.weight"}
+    assert info.shapes == {name: tensor.shape for name, tensor in state.items()}
+    # ones are the same in float16, and integers are left alone
+    assert info.inexact == {"a.weight": torch.float16}
+    write(path, pack(state))
+    assert info.inexact != inspect(path).inexact == {}
+
+
+def test_int8_is_for_weights_alone(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    state = {"weight": torch.randn(3, 3), "position": torch.randn(3, 3), "bias": torch.randn(3)}
+    write(path, pack(state, torch.int8))
+    assert inspect(path).inexact == {"weight": torch.int8}
+
+
+def test_transposed_weights_have_their_channels_in_the_second_dimension(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    write(path, pack({"weight": torch.randn(3, 5, 2)}, torch.int8, transposed={"weight"}))
+    scale = inspect(path).tensors["weight"].scale
+    assert scale is not None
+    assert scale[0] == 1
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int4 if hasattr(torch, "int4") else 8, "int8"]
+)
+def test_other_dtypes_are_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"save\(dtype=.*torch.int8"):
+        pack({}, dtype)
+
+
+@pytest.mark.parametrize("value", [{"epoch": 3}, None, torch.eye(2).to_sparse()])
+def test_what_is_no_plain_tensor_is_named(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"'queue\._extra_state'"):
+        pack({"weight": torch.ones(1), "queue._extra_state": value})
+
+
+# Written whole or not at all
+
+
+def test_a_link_is_followed_and_the_usual_permissions_hold(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("there/file")
+    write(link, b"new")
+    assert link.is_symlink()
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert (tmp_path / "there/file").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"previous")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write(path, bytes(1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"previous"
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_read_only_folder_leaves_the_previous_file() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        path.write_bytes(b"previous")
+        path.parent.chmod(0o555)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may write anywhere
+        try:
+            with pytest.raises(PermissionError):
+                write(path, b"new")
+        finally:
+            os.seteuid(user)
+            path.parent.chmod(0o755)
+        assert path.read_bytes() == b"previous"
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "nowhere" / "file", b"new")
+
+
+def test_a_folder_in_the_place_of_the_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError):
+        write(tmp_path / "file", b"new")
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # it only writes files
+def test_a_killed_save_leaves_a_whole_file(tmp_path: Path) -> None:
+    """A process saves other bytes again and again, and is killed at another moment each time."""
+    path = tmp_path / "file"
+    size = 3_000_000
+    write(path, bytes(size))
+    generator = random.Random(0)
+    cut_short = 0
+    for _ in range(50):
+        child = os.fork()
+        if not child:
+            try:
+                while True:
+                    write(path, generator.randbytes(1) * size)
+            finally:
+                os._exit(1)
+        time.sleep(generator.uniform(0.0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        data = path.read_bytes()
+        assert data == data[:1] * size
+        for left in tmp_path.glob(".slimnets-*"):
+            cut_short += 1
+            left.unlink()
+    assert cut_short > 5  # kills that came in the middle of a save
