@@ -15,6 +15,15 @@ CONFIGURATIONS = {  # convolutions of each block, a max pooling after every bloc
     19: (2, 2, 4, 4, 4),
 }
 
+PAPER_RANKS = {  # of VGG-19's convolutions, with batch norm
+    f"features.{index}": rank
+    for index, rank in zip(
+        (0, 3, 7, 10, 14, 17, 20, 23, 27, 30, 33, 36, 40, 43, 46, 49),
+        (5, 24, 48, 48, 64, 128, 128, 160, 192, 256, 320, 320, 320, 320, 320, 320),
+        strict=True,
+    )
+}
+
 
 class VGG(nn.Module):
     """VGG (Simonyan & Zisserman, arXiv 1409.1556) with a head of 512, 512 and ``classes`` units.

@@ -87,15 +87,23 @@ def count_rows(network: nn.Module, macs: Mapping[str, Macs] | None = None) -> tu
 
 
 def total(rows: Iterable[Row], kind: str) -> Row:
-    """The sum of ``rows``."""
+    """The sum of ``rows``; what none of them knows stays unknown."""
     rows = list(rows)
 
-    def add(field: str) -> int | None:
+    def known(field: str) -> int | None:
         values = [value for row in rows if (value := getattr(row, field)) is not None]
         return sum(values) if values else None
 
-    fields = ("weights", "nonzeros", "bytes", "dead_channels", "macs", "effective_macs")
-    return Row("total", kind, **{field: add(field) for field in fields})  # type: ignore[arg-type]
+    return Row(
+        name="total",
+        kind=kind,
+        weights=sum(row.weights for row in rows),
+        nonzeros=sum(row.nonzeros for row in rows),
+        bytes=sum(row.bytes for row in rows),
+        dead_channels=known("dead_channels"),
+        macs=known("macs"),
+        effective_macs=known("effective_macs"),
+    )
 
 
 def _layers(network: nn.Module) -> dict[str, nn.Module]:

@@ -1,0 +1,143 @@
+"""Every example runs as its first lines say, and leaves what it promises."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import slimnets
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(folder: Path, script: str, *arguments: object) -> str:
+    """What an example prints, run in a process of its own in ``folder``."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / script, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@contextmanager
+def example(name: str) -> Iterator[ModuleType]:
+    """An example as a module, found where the scripts find each other."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        yield __import__(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+def table(printed: str) -> dict[str, list[str]]:
+    """The cells of the last table, by the first of each row."""
+    _, _, last = printed.partition("dense against compressed")
+    rows = [line.split() for line in last.splitlines()]
+    return {row[0]: row[1:] for row in rows if len(row) > 3}
+
+
+def zeros(network: nn.Module) -> float:
+    weights = [parameter for parameter in network.parameters() if parameter.dim() > 1]
+    return sum(int((one == 0).sum()) for one in weights) / sum(one.numel() for one in weights)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("quickstart")
+    return folder, run(folder, "quickstart.py", "--epochs", 1)
+
+
+def test_quickstart_ends_with_a_table(quickstart: tuple[Path, str]) -> None:
+    folder, printed = quickstart
+    rows = table(printed)
+    assert set(rows) == {"accuracy", "weights", "non-zeros", "bytes", "latency"}
+    logs = folder / "lightning_logs"
+    sizes = [(logs / name).stat().st_size for name in ("teacher.pt", "student.safetensors")]
+    assert [int(cell.replace(",", "")) for cell in rows["bytes"][:2]] == sizes
+    assert sizes[0] > 20 * sizes[1]
+    # one epoch is enough to know digits from guesses
+    assert all(float(cell.strip("%")) > 50 for cell in rows["accuracy"][:2])
+
+
+def test_quickstarts_file_holds_what_the_table_says(quickstart: tuple[Path, str]) -> None:
+    folder, printed = quickstart
+    with example("quickstart") as module:
+        network = slimnets.load(folder / "lightning_logs/student.safetensors", module.Classifier())
+    total = slimnets.summarize(network).total
+    assert table(printed)["non-zeros"][1] == f"{total.nonzeros:,}"
+    assert zeros(network) == pytest.approx(0.9, abs=0.001)
+    ranks = [row.rank for row in slimnets.summarize(network).rows if row.rank]
+    assert set(ranks) == {16}
+
+
+def test_quickstart_shows_its_runs_in_tensorboard(quickstart: tuple[Path, str]) -> None:
+    folder, _ = quickstart
+    for name in ("teacher", "student"):
+        assert list((folder / "lightning_logs" / name).rglob("events.out.tfevents*"))
+
+
+def test_the_yaml_goes_on_from_quickstarts_teacher(quickstart: tuple[Path, str]) -> None:
+    folder, _ = quickstart
+    config = EXAMPLES / "compress.yaml"
+    printed = run(folder, "cli.py", "fit", "--config", config, "--trainer.max_epochs", 1)
+    path = folder / "lightning_logs/cli/version_0/student.safetensors"
+    assert f"{path.stat().st_size:,} bytes" in printed
+    with example("quickstart") as module:
+        assert zeros(slimnets.load(path, module.Classifier())) == pytest.approx(0.9, abs=0.001)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 120 images in CIFAR-10's layout."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for label in range(10):
+        image = Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        for part, count in (("train", 8), ("test", 4)):
+            (folder / part / f"class{label}").mkdir(parents=True)
+            for index in range(count):
+                image.save(folder / part / f"class{label}" / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "rank"),
+    [
+        (["--student", "nin", "--rank", "0.25", "--held-out", "16"], True),
+        (["--student", "vgg19-quarter", "--sparsity", "0.5", "--held-out", "0"], False),
+    ],
+)
+def test_cifar10(tmp_path: Path, images: Path, options: list[str], rank: bool) -> None:
+    with example("networks") as networks:
+        teacher, student = networks.NETWORKS["vgg19"](), networks.NETWORKS[options[1]]()
+    save_file(teacher.state_dict(), tmp_path / "vgg19.safetensors")
+    given = ["--data-dir", images, "--teacher", "vgg19.safetensors", "--batch-size", 4]
+    printed = run(tmp_path, "cifar10.py", *given, *options, "--fast")
+
+    rows = table(printed)
+    (path,) = (tmp_path / "lightning_logs").rglob("student.safetensors")
+    assert rows["bytes"][1] == f"{path.stat().st_size:,}"
+    loaded = slimnets.load(path, student)
+    sparsity = 0.5 if "--sparsity" in options else 0.9
+    assert zeros(loaded) == pytest.approx(sparsity, abs=0.001)
+    assert any(row.rank for row in slimnets.summarize(loaded).rows) == rank
+
+
+def test_cifar10_says_what_it_takes(tmp_path: Path) -> None:
+    printed = run(tmp_path, "cifar10.py", "--help")
+    assert "--data-dir" in printed
+    assert "vgg19-quarter" in printed
