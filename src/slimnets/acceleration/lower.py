@@ -153,8 +153,6 @@ def _of_call(node: fx.Node) -> Known | None:
         source, *rest = node.args
         dims = [*rest, *node.kwargs.values()]
         return _flatten(source, form_of(source)) if dims in ([1], [1, -1]) else None  # type: ignore[arg-type]
-    if target in ("view", "reshape", torch.reshape):
-        return _reshape(node)
     if target in ("mean", torch.mean):
         return _mean(node)
     if target in _LIMITS and set(node.kwargs) <= {"inplace"}:
@@ -208,26 +206,6 @@ def _flatten(source: Any, form: Form | None) -> Known | None:
     if not isinstance(source, fx.Node) or len(source.meta["shape"]) not in (2, 4) or not form:
         return None
     return [source], _clamp(-INFINITY, INFINITY), "features"
-
-
-def _reshape(node: fx.Node) -> Known | None:
-    """``x.view(x.size(0), -1)``, the older way to flatten."""
-    source, *sizes = node.args
-    if len(sizes) != 2 or sizes[1] != -1 or not isinstance(source, fx.Node):
-        return None
-    first = sizes[0]
-    if not isinstance(first, fx.Node) or not first.args:
-        return None
-    by_size = first.target == "size" and first.args == (source, 0)
-    owner = first.args[0]
-    by_shape = (
-        first.target is operator.getitem
-        and first.args[1] == 0
-        and isinstance(owner, fx.Node)
-        and owner.target is getattr
-        and owner.args == (source, "shape")
-    )
-    return _flatten(source, form_of(source)) if by_size or by_shape else None
 
 
 def _mean(node: fx.Node) -> Known | None:

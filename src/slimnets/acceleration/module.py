@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from slimnets.acceleration.choose import ENGINE, choose
+from slimnets.acceleration.attention import traceable
+from slimnets.acceleration.choose import ENGINE, Choice, choose
+from slimnets.acceleration.inside import opaque, swap_layers
 from slimnets.acceleration.measure import fastest
 from slimnets.acceleration.report import Report
 from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace
@@ -111,14 +113,16 @@ def _fastest(
     original: nn.Module, example: tuple[Any, ...], expected: Any
 ) -> tuple[nn.Module | None, Report]:
     report = Report(threads=torch.get_num_threads())
-    graph = trace(original, len(example))
+    network = traceable(original)
+    graph = trace(network, len(example))
+    if graph is not None and not _same(graph, example, expected):
+        graph = None
     if graph is None:
-        report.note = "The network cannot be traced: it stays as it is."
-        return None, report
-    Recorder(graph).run(*example)
-    fold_batch_norm(graph)
-    Recorder(graph).run(*example)
-    choice = choose(graph, example)
+        rows = swap_layers(network, example)
+        choice = Choice({"layers": network}, {"layers": rows})
+        report.note = "The network cannot be traced: only single layers have been exchanged."
+    else:
+        choice = _of_graph(graph, example)
     variants = {n: v for n, v in choice.variants.items() if _same(v, example, expected)}
     calls: dict[str, Any] = {"PyTorch": lambda: original(*example)}
     calls.update({n: lambda v=v: v(*example) for n, v in variants.items()})
@@ -135,6 +139,19 @@ def _fastest(
     if not ENGINE:
         report.note = "Numba is missing, and with it the sparse kernel: pip install slimnets[fast]"
     return variants[best], report  # type: ignore[return-value]
+
+
+def _of_graph(graph: fx.GraphModule, example: tuple[Any, ...]) -> Choice:
+    recorder = Recorder(graph)
+    recorder.run(*example)
+    fold_batch_norm(graph)
+    rows = []
+    for name, module in opaque(graph).items():
+        if name in recorder.opaque:
+            rows += swap_layers(module, recorder.opaque[name], f"{name}.")
+    Recorder(graph).run(*example)
+    choice = choose(graph, example)
+    return Choice(choice.variants, {n: [*r, *rows] for n, r in choice.rows.items()})
 
 
 def _same(variant: Callable[..., Any], example: tuple[Any, ...], expected: Any) -> bool:

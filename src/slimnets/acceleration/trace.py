@@ -37,6 +37,7 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     Returns ``None`` where tracing fails, or where running the forward method has changed the
     module or drawn random numbers: a graph would repeat what happened once.
     """
+    model = nn.Sequential(model).eval() if is_plain(model) else model  # a layer has no graph
     names = list(_parameters_of(model))
     defaults = _parameters_of(model)
     fixed = {n: defaults[n] for n in names[arguments:]}
@@ -56,6 +57,7 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
         _erase(node)  # with its users: tracing asserts that a default is passed again
     traced = fx.GraphModule(model, graph)
     _order_in_place(traced)
+    _flatten_views(traced)
     return traced
 
 
@@ -122,6 +124,39 @@ def _order_in_place(traced: fx.GraphModule) -> None:
     traced.recompile()
 
 
+def _flatten_views(traced: fx.GraphModule) -> None:
+    """Write ``x.view(x.size(0), -1)`` as ``flatten``, which does not ask for a number first."""
+    for node in list(traced.graph.nodes):
+        if node.target not in ("view", "reshape", torch.reshape) or len(node.args) != 3:
+            continue
+        source, first, rest = node.args
+        if rest == -1 and isinstance(source, fx.Node) and _is_batch_size(first, source):
+            with traced.graph.inserting_before(node):
+                flat = traced.graph.call_function(torch.flatten, (source, 1))
+            node.replace_all_uses_with(flat)
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code(lambda node: not _only_asks(node))
+    traced.recompile()
+
+
+def _only_asks(node: fx.Node) -> bool:
+    return node.target in ("size", operator.getitem, getattr)
+
+
+def _is_batch_size(size: Any, source: fx.Node) -> bool:
+    if not isinstance(size, fx.Node):
+        return False
+    if size.target == "size":
+        return size.args == (source, 0)
+    if size.target is not operator.getitem or size.args[1] != 0:
+        return False
+    shape = size.args[0]
+    if not isinstance(shape, fx.Node):
+        return False
+    whole = shape.target == "size" and shape.args == (source,)
+    return whole or (shape.target is getattr and shape.args == (source, "shape"))
+
+
 def fold_batch_norm(traced: fx.GraphModule) -> None:
     """Put every batch norm that follows a convolution or linear layer into its weights."""
     uses: dict[str, int] = {}
@@ -165,11 +200,14 @@ class Recorder(fx.Interpreter):
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
         self.arguments: dict[fx.Node, tuple[Any, ...]] = {}
+        self.opaque: dict[str, tuple[Any, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node of the graph."""
         if n.op == "call_module" and is_plain(module_of(n)):
             self.arguments[n] = self.fetch_args_kwargs_from_env(n)[0]
+        elif n.op == "call_module" and not n.kwargs:
+            self.opaque[str(n.target)] = self.fetch_args_kwargs_from_env(n)[0]
         result = super().run_node(n)
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)

@@ -1,0 +1,80 @@
+"""Exchanges the layers inside modules that cannot be traced."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from slimnets.acceleration.attention import Swapped
+from slimnets.acceleration.choose import EAGER, choose
+from slimnets.acceleration.measure import fastest
+from slimnets.acceleration.report import Row
+from slimnets.acceleration.trace import Recorder, is_plain, trace
+from slimnets.layers import replace
+
+FEW_SECONDS = 0.2
+LEAST_GAIN = 1.1
+
+
+def swap_layers(module: nn.Module, arguments: tuple[Any, ...], prefix: str = "") -> list[Row]:
+    """Put faster modules in the place of the convolutions and linear layers of ``module``.
+
+    Only where a layer is called with one tensor; ``module`` runs once on ``arguments``.
+    """
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def remember(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) == 1 and isinstance(args[0], Tensor):
+            inputs.setdefault(layer, args[0])
+
+    layers = {n: m for n, m in module.named_modules() if n and is_plain(m)}
+    hooks = [layer.register_forward_pre_hook(remember) for layer in layers.values()]
+    try:
+        module(*arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = []
+    for name, layer in layers.items():
+        if layer not in inputs:
+            continue
+        fast, row = _faster(layer, inputs[layer])
+        rows.append(Row(f"{prefix}{name}", *row))
+        if fast is not None:
+            replace(module, name, Swapped(layer, fast).eval())
+    return rows
+
+
+def _faster(layer: nn.Module, x: Tensor) -> tuple[nn.Module | None, Any]:
+    graph = trace(nn.Sequential(layer).eval(), 1)
+    assert graph is not None
+    Recorder(graph).run(x)
+    choice = choose(graph, (x,))
+    calls: dict[str, Callable[[], Any]] = {EAGER: lambda: layer(x)}
+    expected = layer(x)
+    for name, variant in choice.variants.items():
+        limit = 1e-4 * float(expected.abs().max())
+        if torch.allclose(variant(x), expected, rtol=0, atol=limit):
+            calls[name] = lambda variant=variant: variant(x)  # type: ignore[misc]
+    times = fastest(calls, FEW_SECONDS)
+    best = min(times, key=times.__getitem__)
+    rows = {name: found[0] for name, found in choice.rows.items() if found}
+    zeros = 1.0 - int(torch.count_nonzero(layer.weight)) / max(1, layer.weight.numel())  # type: ignore[arg-type, union-attr, operator]
+    if best == EAGER or times[best] * LEAST_GAIN > times[EAGER]:
+        best = EAGER
+    what = rows[best].choice if best in rows else EAGER
+    row = (type(layer).__name__, zeros, what, times[EAGER] * 1e3, times[best] * 1e3)
+    return (None if best == EAGER else choice.variants[best]), row  # type: ignore[return-value]
+
+
+def opaque(graph: fx.GraphModule) -> dict[str, nn.Module]:
+    """Modules with layers inside that the graph calls as a whole."""
+    found = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            module = graph.get_submodule(str(node.target))
+            inner = [m for m in module.children() for m in m.modules()]
+            if not type(module).__module__.startswith("torch.nn") and any(map(is_plain, inner)):
+                found[str(node.target)] = module
+    return found

@@ -1,0 +1,227 @@
+"""Whole networks, accelerated: the same results, whatever is done with them afterwards."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from slimnets.acceleration.module import Accelerated, accelerate
+
+TOLERANCE = 1e-4
+
+
+def prune(network: nn.Module, sparsity: float) -> nn.Module:
+    """Random zeros, with statistics and gains so that every layer is felt in the output."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            with torch.no_grad():
+                fan = layer.weight[0].numel()
+                nn.init.normal_(layer.weight, 0.0, (2.0 / fan / (1.0 - sparsity)) ** 0.5)
+                layer.weight.mul_(torch.rand_like(layer.weight) >= sparsity)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_mean, -0.2, 0.2)
+            nn.init.uniform_(layer.running_var, 0.7, 1.5)
+    return network.eval()
+
+
+def vgg() -> nn.Module:
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (16, 16, 0, 32, 32, 0, 64, 0):
+        if width:
+            conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            channels = width
+        else:
+            layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(), nn.Linear(64 * 16, 10))
+
+
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+class Branches(nn.Module):
+    """Control flow on values, weights read by hand, several inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 32, 3), nn.Linear(32, 32)
+
+    def forward(self, x, scale=1.0, *, twice=False):
+        y = self.a(x)
+        y = -y if y.mean() > 0 else y
+        y = self.b(y.mean((2, 3))) * scale + self.b.weight.sum()
+        return {"y": y, "positive": y > 0, "twice": (y, y * 2) if twice else None}
+
+
+NETWORKS = {
+    "vgg": (vgg, (3, 32, 32)),
+    "resnet18": (torchvision.models.resnet18, (3, 64, 64)),
+    "mobilenet_v2": (torchvision.models.mobilenet_v2, (3, 32, 32)),
+    "transformer": (transformer, (7, 32)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whole_networks(name):
+    make, shape = NETWORKS[name]
+    network = prune(make(), 0.8)
+    x = torch.randn(2, *shape)
+    fast = accelerate(network, x)
+    for batch in (2, 1, 5):
+        x = torch.randn(batch, *shape)
+        with torch.no_grad():
+            expected = network(x)
+        scale = float(expected.abs().max())
+        assert scale > 0.01
+        torch.testing.assert_close(fast(x), expected, rtol=0, atol=TOLERANCE * scale)
+        layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for layer in layers[:: max(1, len(layers) // 8)]:  # the outputs depend on every layer
+        changed = copy.deepcopy(layer.weight)
+        with torch.no_grad():
+            layer.weight.mul_(torch.rand_like(layer.weight) > 0.5)
+            difference = float((network(x) - expected).abs().max())
+            layer.weight.copy_(changed)
+        assert difference > 10 * TOLERANCE * scale
+    assert fast.report.after <= fast.report.before
+    assert "all" in str(fast.report)
+    assert fast.report.to_dict()["rows"] or fast.fast is None
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return prune(vgg(), 0.9)
+
+
+@pytest.fixture(scope="module")
+def fast(network: nn.Module) -> Accelerated:
+    return accelerate(network, torch.randn(4, 3, 32, 32))
+
+
+def test_a_sparse_network_is_computed_by_the_engine(fast):
+    pytest.importorskip("numba")
+    assert {"sparse kernel"} == {row.choice for row in fast.report.rows}
+    assert fast.report.gain > 1.0
+    assert [round(row.zeros, 1) for row in fast.report.rows] == [0.9] * 6
+
+
+def test_the_model_is_left_as_it_was(network):
+    model = copy.deepcopy(network).train()
+    before = copy.deepcopy(model.state_dict())
+    accelerate(model, torch.randn(1, 3, 32, 32))
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_what_was_not_foreseen_goes_to_the_original(network, fast):
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(input=x), network(x))
+        torch.testing.assert_close(fast(x[0:0]), network(x[0:0]))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fast(x).dtype == torch.bfloat16
+    for wrong in (x.double(), torch.randn(2, 4, 32, 32), torch.randn(2, 3, 40, 40), "text"):
+        with pytest.raises(Exception) as expected:
+            network(wrong)
+        with pytest.raises(type(expected.value)):
+            fast(wrong)
+    assert not fast.train().training
+    assert not fast(x.requires_grad_()).requires_grad
+
+
+def test_moving_to_another_type_gives_the_original(fast):
+    half = copy.deepcopy(fast).double()
+    x = torch.randn(2, 3, 32, 32)
+    assert half.fast is None
+    torch.testing.assert_close(half(x.double()).float(), fast(x), rtol=1e-3, atol=1e-3)
+    assert copy.deepcopy(fast).float().fast is not None
+
+
+def test_pickle_and_deepcopy(fast):
+    x = torch.randn(3, 3, 32, 32)
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert other.fast is not None
+        assert torch.equal(other(x), fast(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torch_compile_leaves_it_alone(fast):
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(torch.compile(fast, backend="eager")(x), fast(x))
+
+
+def test_control_flow_keeps_the_module_and_exchanges_layers():
+    model = prune(Branches(), 0.9)
+    x = torch.randn(4, 3, 40, 40)
+    fast = accelerate(model, x)
+    with torch.no_grad():
+        for sign in (1, -1):
+            for call in ({}, {"scale": 2.0}, {"twice": True}):
+                expected, found = model(sign * x, **call), fast(sign * x, **call)
+                assert found.keys() == expected.keys()
+                torch.testing.assert_close(found["y"], expected["y"], rtol=1e-4, atol=1e-4)
+    assert "cannot be traced" in fast.report.note or fast.fast is None
+
+
+class Stochastic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x) + torch.rand(4) * self.calls
+
+
+def test_random_numbers_are_drawn_at_every_call():
+    fast = accelerate(Stochastic(), torch.randn(2, 4))
+    x = torch.randn(2, 4)
+    assert not torch.equal(fast(x), fast(x))
+
+
+def test_a_single_layer_and_a_shared_one():
+    layer = prune(nn.Conv2d(16, 16, 3, padding=1), 0.9)
+    x = torch.randn(2, 16, 12, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(accelerate(layer, x)(x), layer(x), rtol=1e-4, atol=1e-4)
+        twice = nn.Sequential(layer, nn.BatchNorm2d(16), layer).eval()
+        torch.testing.assert_close(accelerate(twice, x)(x), twice(x), rtol=1e-4, atol=1e-4)
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None
+import torch
+from torch import nn
+from slimnets.acceleration import accelerate
+torch.manual_seed(0)
+torch.set_num_threads(1)
+net = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+                    nn.Conv2d(64, 64, 3, stride=2), nn.Flatten(), nn.Linear(64 * 49, 10)).eval()
+with torch.no_grad():
+    for p in net.parameters():
+        if p.dim() > 1:
+            p.mul_(torch.rand_like(p) > 0.98)
+    x = torch.randn(1, 32, 16, 16)
+    fast = accelerate(net, x)
+    assert "sparse" not in fast.report.tried and "dense" in fast.report.tried
+    x = torch.randn(3, 32, 16, 16)
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
+print([row.choice for row in fast.report.rows])
+"""
+
+
+def test_without_numba():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sparse kernel" not in done.stdout

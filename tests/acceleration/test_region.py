@@ -1,0 +1,226 @@
+"""Every step of the engine against PyTorch, over fuzzed shapes."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+from torch.nn import functional as F
+
+pytest.importorskip("numba", reason="the engine is compiled by numba")
+
+from slimnets.acceleration.partition import annotate, cut
+from slimnets.acceleration.region import Region
+from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace
+
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+TOLERANCE = 1e-5
+
+
+def in_engine(model: nn.Module, x: torch.Tensor) -> tuple[fx.GraphModule, list[Region]]:
+    """``model`` with all that the engine knows computed by it."""
+    graph = trace(model.eval(), 1)
+    assert graph is not None
+    Recorder(graph).run(x)
+    fold_batch_norm(graph)
+    Recorder(graph).run(x)
+    return graph, list(cut(graph, annotate(graph)).values())
+
+
+def assert_equal(model: nn.Module, x: torch.Tensor, regions: int = 1) -> None:
+    with torch.no_grad():
+        expected = model.eval()(x)
+        graph, found = in_engine(model, x)
+        assert len(found) == regions
+        result = graph(x)
+    for region in found:
+        assert None not in region.plans.values(), "the engine gave up"
+    assert result.shape == expected.shape
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE * scale)
+
+
+def thin(layer: nn.Module, density: float) -> nn.Module:
+    with torch.no_grad():
+        layer.weight.mul_(torch.rand_like(layer.weight) < density)
+    return layer
+
+
+@FUZZ
+@given(
+    groups=st.sampled_from([1, 1, 2, 3]),
+    channels=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    image=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    batch=st.sampled_from([1, 2, 3, 7, 16, 21]),
+    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    bias=st.booleans(),
+)
+def test_convolution(
+    groups, channels, kernel, stride, padding, dilation, image, batch, density, bias
+):
+    for i in range(2):
+        assume(image[i] + 2 * padding[i] >= dilation[i] * (kernel[i] - 1) + 1)
+    inputs, outputs = (groups * c for c in channels)
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias)
+    assert_equal(thin(layer, density), torch.randn(batch, inputs, *image))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's advice
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 4), (1, 5)])
+def test_same_padding(kernel):
+    layer = thin(nn.Conv2d(5, 7, kernel, padding="same", dilation=(1, 2)), 0.3)
+    assert_equal(layer, torch.randn(3, 5, 9, 11))
+
+
+def test_depthwise_then_pointwise_with_empty_and_full_rows():
+    deep = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+    wide = thin(nn.Conv2d(12, 20, 1), 0.1)
+    with torch.no_grad():
+        deep.weight[3] = 0.0
+        wide.weight[4], wide.weight[5] = 0.0, 1.0
+    network = nn.Sequential(deep, nn.ReLU6(), wide)
+    assert_equal(network, torch.randn(5, 12, 10, 10))
+
+
+@FUZZ
+@given(
+    features=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    lead=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    density=st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_linear(features, lead, density):
+    assert_equal(thin(nn.Linear(*features), density), torch.randn(*lead, features[0]))
+
+
+@FUZZ
+@given(
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    image=st.tuples(st.integers(4, 17), st.integers(4, 17)),
+    batch=st.sampled_from([1, 2, 5]),
+    kind=st.sampled_from(["max", "max ceil", "average", "global"]),
+    data=st.data(),
+)
+def test_pooling(kernel, stride, image, batch, kind, data):
+    padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
+    pool: nn.Module = nn.AdaptiveAvgPool2d(1)
+    if kind.startswith("max"):
+        pool = nn.MaxPool2d(kernel, stride, padding, ceil_mode=kind.endswith("ceil"))
+    elif kind == "average":
+        pool = nn.AvgPool2d(kernel, stride, padding)
+    network = nn.Sequential(thin(nn.Conv2d(3, 5, 3, padding=1), 0.3), pool, nn.ReLU())
+    assert_equal(network, torch.randn(batch, 3, *image))
+
+
+class Block(nn.Module):
+    """A residual block, written as users write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = thin(nn.Conv2d(6, 8, 3, padding=1, stride=2, bias=False), 0.2)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = thin(nn.Conv2d(8, 8, 3, padding=1), 0.2)
+        self.short = thin(nn.Conv2d(6, 8, 1, stride=2), 0.5)
+        self.after = nn.BatchNorm2d(16)
+        self.head = thin(nn.Linear(16 * 5 * 5, 4), 0.2)
+        for norm in (self.norm, self.after):
+            nn.init.uniform_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.first(x)), inplace=True)
+        y = self.second(y)
+        y += self.short(x)
+        y = F.max_pool2d(F.relu(y), 2)
+        y = self.after(torch.cat([y, y.relu()], 1))
+        return self.head(y.reshape(y.size(0), -1))
+
+
+def test_residual_concatenation_and_a_norm_that_cannot_be_folded():
+    assert_equal(Block(), torch.randn(3, 6, 20, 20))
+
+
+def test_values_that_leave_the_engine_in_the_middle():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = thin(nn.Conv2d(4, 4, 3, padding=1), 0.3), thin(nn.Conv2d(4, 4, 1), 0.5)
+
+        def forward(self, x):
+            y = self.a(x)
+            return torch.sigmoid(y).sum() + self.b(torch.tanh(y) * y)
+
+    assert_equal(Both(), torch.randn(2, 4, 6, 6), regions=2)
+
+
+def test_other_batches_and_images_afterwards():
+    network = Block()
+    with torch.no_grad():
+        graph, (region,) = in_engine(network, torch.randn(2, 6, 20, 20))
+        for batch, size in ((1, 20), (37, 20), (2, 21), (4, 19)):
+            x = torch.randn(batch, 6, size, size)
+            torch.testing.assert_close(graph(x), network(x), rtol=1e-4, atol=1e-4)
+        assert None not in region.plans.values()
+        x = torch.randn(2, 6, 20, 20).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(graph(x), network(x), rtol=1e-4, atol=1e-4)
+        assert graph(torch.randn(0, 6, 20, 20)).shape == (0, 4)
+        with pytest.raises(RuntimeError, match="shapes"):  # PyTorch's own message
+            graph(torch.randn(1, 6, 40, 40))
+
+
+def test_nan_and_infinities_pass_as_in_pytorch():
+    layer = nn.Conv2d(3, 4, 3, padding=1)  # no zero weight: not one product is skipped
+    network = nn.Sequential(layer, nn.ReLU(), nn.MaxPool2d(2))
+    x = torch.randn(2, 3, 16, 16)
+    x[0, 1, 3, 3], x[1, 0, 8, 8], x[1, 2, 0, 0] = torch.nan, torch.inf, -torch.inf
+    with torch.no_grad():
+        graph, _ = in_engine(network, x)
+        torch.testing.assert_close(graph(x), network(x), rtol=1e-4, atol=1e-4, equal_nan=True)
+        layer.weight[:, 0] = 0.0
+        graph, _ = in_engine(network, x)
+        found = graph(x)[1]
+    # the one difference: a weight that is skipped makes no NaN of an infinite input
+    assert found[:, 3:6, 3:6].isfinite().all()
+    assert network(x)[1, :, 3:6, 3:6].isnan().any()
+
+
+def test_several_threads_and_several_callers(request):
+    torch.set_num_threads(3)
+    request.addfinalizer(lambda: torch.set_num_threads(1))
+    network = nn.Sequential(*(thin(nn.Conv2d(32, 32, 3, padding=1), 0.3) for _ in range(3)))
+    inputs = [torch.randn(n, 32, 12, 12) for n in (1, 2, 5, 16)]
+    with torch.no_grad():
+        expected = [network(x) for x in inputs]
+        graph, _ = in_engine(network, inputs[0])
+        wrong = []
+
+        def call(x, y):
+            with torch.no_grad():
+                wrong.extend(not torch.allclose(graph(x), y, atol=1e-4) for _ in range(20))
+
+        callers = [
+            threading.Thread(target=call, args=pair)
+            for pair in zip(inputs * 2, expected * 2, strict=True)
+        ]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    assert len(wrong) == 160 and not any(wrong)
+
+
+def test_pickle_and_deepcopy():
+    network, x = Block(), torch.randn(2, 6, 20, 20)
+    with torch.no_grad():
+        _, (region,) = in_engine(network, x)
+        expected = region(x)
+        assert torch.equal(pickle.loads(pickle.dumps(region))(x), expected)
+        assert torch.equal(copy.deepcopy(region)(x), expected)
