@@ -58,6 +58,7 @@ class Choice:
 
     variants: dict[str, Callable[..., Any]]
     rows: dict[str, list[Row]]
+    layers: dict[str, float] = field(default_factory=dict)  # name: seconds of the fastest choice
 
 
 def choose(traced: fx.GraphModule, arguments: tuple[Any, ...]) -> Choice:
@@ -85,7 +86,8 @@ def choose(traced: fx.GraphModule, arguments: tuple[Any, ...]) -> Choice:
         if slow and slow != inside:
             mixed = _variant(traced, layers, computable - slow)
             add("mixed", mixed, inside - slow)
-    return Choice(variants, rows)
+    best = {str(one.node.target): min(one.times.values()) for one in layers.values()}
+    return Choice(variants, rows, best)
 
 
 def _layers(traced: fx.GraphModule, arguments: tuple[Any, ...]) -> dict[str, _Layer]:

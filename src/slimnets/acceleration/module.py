@@ -11,6 +11,7 @@ from slimnets.acceleration.attention import traceable
 from slimnets.acceleration.choose import ENGINE, Choice, choose
 from slimnets.acceleration.inside import opaque, swap_layers
 from slimnets.acceleration.measure import fastest
+from slimnets.acceleration.pairs import has_pairs, pairs_or_products
 from slimnets.acceleration.report import Report
 from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace
 from slimnets.layers import compressed_network
@@ -114,9 +115,10 @@ def _fastest(
 ) -> tuple[nn.Module | None, Report]:
     report = Report(threads=torch.get_num_threads())
     network = traceable(original)
-    graph = trace(network, len(example))
-    if graph is not None and not _same(graph, example, expected):
-        graph = None
+    graph = _graph(network, example, expected)
+    if graph is not None and has_pairs(network):
+        network = pairs_or_products(network, lambda n: _times(n, example, expected))
+        graph = _graph(network, example, expected)
     if graph is None:
         rows = swap_layers(network, example)
         choice = Choice({"layers": network}, {"layers": rows})
@@ -141,6 +143,17 @@ def _fastest(
     return variants[best], report  # type: ignore[return-value]
 
 
+def _graph(network: nn.Module, example: tuple[Any, ...], expected: Any) -> fx.GraphModule | None:
+    graph = trace(network, len(example))
+    return graph if graph is not None and _same(graph, example, expected) else None
+
+
+def _times(network: nn.Module, example: tuple[Any, ...], expected: Any) -> dict[str, float]:
+    """Seconds of the fastest choice for each layer; nothing if the network cannot be traced."""
+    graph = _graph(network, example, expected)
+    return {} if graph is None else _of_graph(graph, example).layers
+
+
 def _of_graph(graph: fx.GraphModule, example: tuple[Any, ...]) -> Choice:
     recorder = Recorder(graph)
     recorder.run(*example)
@@ -151,7 +164,8 @@ def _of_graph(graph: fx.GraphModule, example: tuple[Any, ...]) -> Choice:
             rows += swap_layers(module, recorder.opaque[name], f"{name}.")
     Recorder(graph).run(*example)
     choice = choose(graph, example)
-    return Choice(choice.variants, {n: [*r, *rows] for n, r in choice.rows.items()})
+    all_rows = {n: [*r, *rows] for n, r in choice.rows.items()}
+    return Choice(choice.variants, all_rows, choice.layers)
 
 
 def _same(variant: Callable[..., Any], example: tuple[Any, ...], expected: Any) -> bool:

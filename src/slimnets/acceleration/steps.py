@@ -50,6 +50,7 @@ class NonZeros:
     """A sparse weight: for each non-zero its output row, input channel, and tap."""
 
     outputs: int
+    inputs: int
     row: Ints
     channel: Ints
     ky: Ints
@@ -64,7 +65,7 @@ class NonZeros:
         values = weight[row, channel, ky, kx]
         outputs, inputs = weight.shape[:2]
         local, channel = channel, channel + row // (outputs // groups) * inputs
-        return cls(outputs, row, channel, ky, kx, values, local)
+        return cls(outputs, inputs * groups, row, channel, ky, kx, values, local)
 
 
 @dataclass
@@ -81,6 +82,8 @@ class Conv(Step):
     def shape(self, *inputs: Shape) -> Shape:
         top, bottom, left, right = self.padding
         image = inputs[0]
+        if image.channels != self.weight.inputs:
+            raise ValueError("channels do not fit the layer")
         sizes = []
         for i, (n, pad) in enumerate(((image.height, top + bottom), (image.width, left + right))):
             reach = self.dilation[i] * (self.kernel[i] - 1) + 1
