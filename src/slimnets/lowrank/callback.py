@@ -1,0 +1,254 @@
+"""Low-rank replacement on a Lightning Trainer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from slimnets.inspection.tensorboard import log_summary
+from slimnets.layers import Selectors, compressed_network, names_of, replace
+from slimnets.lowrank.decompose import Decomposition
+from slimnets.lowrank.factorize import put_pairs
+from slimnets.lowrank.modules import LowRankPair, restructure
+from slimnets.lowrank.plan import Plan, Rank, check_arguments, named_layers, plan
+from slimnets.trainer import copy_averages_anew, refuse_sharding, writes_summary
+
+
+class LowRank(L.Callback):
+    """Train with low-rank pairs in the place of layers, keeping what the layers had learned.
+
+    At the start of ``fit`` the layers of the compressed network are replaced as
+    :func:`slimnets.factorize` does, before weights are restored and optimizers are built. A
+    checkpoint decides the structure when it is loaded, in ``fit`` as in ``validate``, ``test`` and
+    ``predict``, so that it can be given to a freshly built dense module; without a checkpoint,
+    these evaluate the network as it is. A run that fails before its first optimizer step leaves
+    the layers as they were.
+
+    Args:
+        r: The rank; a fraction of each layer's full rank in (0, 1); or a mapping of globs over
+            layer names to either, of which the first that matches counts and the others are left.
+        energy: In place of ``r``: the share of the squared singular values that each layer keeps,
+            in (0, 1).
+        decomposition: ``"spatial"`` turns a d x d convolution into d x 1 and 1 x d (Tai et al.,
+            arXiv 1511.06067), ``"channel"`` into d x d and 1 x 1.
+        exclude: Layers to leave: globs, types, or predicates of (name, layer).
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If one is out of range; in ``setup``, if a glob matches nothing, a weight is
+            not finite, or there is no layer yet.
+        NotImplementedError: In ``setup``, under a strategy that shards the weights.
+
+    Examples:
+        >>> trainer = L.Trainer(callbacks=[LowRank({"features.*": 0.25})], logger=False)
+    """
+
+    compresses = True
+
+    def __init__(
+        self,
+        r: Rank | Mapping[str, Rank] | None = None,
+        *,
+        energy: float | None = None,
+        decomposition: Decomposition = "spatial",
+        exclude: Selectors = (),
+    ) -> None:
+        self._exclude = check_arguments(r, energy, decomposition, exclude)
+        self._r = dict(r) if isinstance(r, Mapping) else r
+        self._energy = energy
+        self._decomposition: Decomposition = decomposition
+        self._names: set[str] = set()
+        self._ranks: dict[str, int] = {}
+        self._originals: dict[str, nn.Module] = {}
+        self._hook: RemovableHandle | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tells two instances apart by the layers they are for; ranks may change on resume."""
+        globs = list(self._r) if isinstance(self._r, dict) else ["*"]
+        return self._generate_state_key(layers=globs, exclude=self._arguments()["exclude"])
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Replace the layers, in ``fit``; in every stage, be ready for a checkpoint."""
+        refuse_sharding(trainer, self)
+        self._release()
+        self._hook = pl_module.register_load_state_dict_pre_hook(follow_state_dict)
+        if stage != TrainerFn.FITTING:
+            return
+        if is_overridden("configure_model", pl_module):
+            pl_module.configure_model()
+        network = compressed_network(pl_module)
+        layers = named_layers(network)
+        if not layers:
+            raise ValueError(
+                f"LowRank finds no layer in {type(network).__name__}: build them in __init__ or "
+                "configure_model; the module's own setup runs after those of callbacks"
+            )
+        todo = plan(
+            network,
+            self._r,
+            energy=self._energy,
+            decomposition=self._decomposition,
+            exclude=self._exclude,
+        )
+        # with energy=, processes whose initial weights differ would come to different ranks
+        self._ranks = trainer.strategy.broadcast(todo.ranks)
+        self._names = set(layers)
+        self._originals = {_path(pl_module, name): layer for name, layer in layers.items()}
+        ranks = {_path(pl_module, name): rank for name, rank in self._ranks.items()}
+        put_pairs(pl_module, ranks, self._decomposition)
+        copy_averages_anew(trainer, pl_module)
+        _tell(todo, network)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to resume from a dense network; warn if it was made with other arguments.
+
+        Raises:
+            ValueError: If the checkpoint has dense layers in all places.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self._ranks and not _pairs(compressed_network(pl_module)):
+            raise ValueError(
+                f"LowRank cannot resume from {trainer.ckpt_path}, which has no low-rank layers: "
+                "load its weights into the module, and fit without ckpt_path"
+            )
+        now = self._arguments()
+        before = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("arguments", now)
+        if before != now:
+            rank_zero_warn(
+                f"the checkpoint was made with LowRank({_spell(before)}) and keeps that "
+                f"structure; LowRank({_spell(now)}) is not applied"
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See that the layers are still those of ``setup``.
+
+        Raises:
+            ValueError: If the module has built layers since.
+        """
+        layers = named_layers(compressed_network(pl_module))
+        late = layers.keys() - self._names
+        if trainer.ckpt_path is None:  # a checkpoint may make layers dense again
+            late |= {name for name in self._ranks if not isinstance(layers[name], LowRankPair)}
+        if late:
+            raise ValueError(
+                f"LowRank missed layers that were built after it ran: {', '.join(sorted(late))}; "
+                "build them in __init__, or once only in configure_model"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the ranks, and the number of weights before and after."""
+        network = compressed_network(pl_module)
+        pairs = _pairs(network)
+        after = sum(parameter.numel() for parameter in network.parameters())
+        saved = sum(_saved(pair) for pair in pairs.values())
+        scalars = {f"rank/{name}": float(pair.rank) for name, pair in pairs.items()}
+        scalars |= {"weights/before": float(after + saved), "weights/after": float(after)}
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Forget the original layers: what is learned from here on is in the pairs."""
+        self._originals = {}
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Put the original layers back, unless training has begun."""
+        present = dict(pl_module.named_modules())
+        for path, layer in self._originals.items():
+            if path in present and present[path] is not layer:
+                # the rest of the module may have been converted meanwhile
+                layer.to(next(present[path].parameters()))
+                replace(pl_module, path, layer)
+        self._release()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the summary to TensorBoard."""
+        if writes_summary(trainer, self):
+            log_summary(trainer, compressed_network(pl_module))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave nothing behind but the pairs."""
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arguments, to be compared on resume; ranks follow from the weights' shapes."""
+        return {"arguments": self._arguments()}
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "r": self._r,
+            "energy": self._energy,
+            "decomposition": self._decomposition,
+            "exclude": [getattr(one, "__qualname__", str(one)) for one in self._exclude],
+        }
+
+    def _release(self) -> None:
+        self._originals = {}
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+LowRankReplace = LowRank
+
+
+def follow_state_dict(
+    pl_module: L.LightningModule, state_dict: Mapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """Give ``pl_module`` the structure of ``state_dict``, which is about to be loaded.
+
+    A hook for ``register_load_state_dict_pre_hook``. It is copied with the module, so that averaged
+    copies follow their own state.
+    """
+    shapes = {key: value.shape for key, value in state_dict.items() if isinstance(value, Tensor)}
+    before = list(pl_module.modules())
+    restructure(pl_module, shapes, prefix)
+    trainer = pl_module._trainer
+    is_fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    if is_fitting and before != list(pl_module.modules()):
+        copy_averages_anew(pl_module.trainer, pl_module)
+
+
+def _path(pl_module: L.LightningModule, name: str) -> str:
+    """What the layer ``name`` of the compressed network is called in ``pl_module``."""
+    network = names_of(pl_module, compressed_network(pl_module))[0]
+    return ".".join(part for part in (network, name) if part)
+
+
+def _pairs(network: nn.Module) -> dict[str, LowRankPair]:
+    return {name: m for name, m in network.named_modules() if isinstance(m, LowRankPair)}
+
+
+def _saved(pair: LowRankPair) -> int:
+    halves = pair.first.weight.numel() + pair.second.weight.numel()
+    dense = pair.first.weight[0].numel() * pair.second.weight[:, 0].numel()
+    return dense - halves
+
+
+def _tell(todo: Plan, network: nn.Module) -> None:
+    if not _pairs(network):
+        rank_zero_warn(f"LowRank replaces no layer:\n{todo}")
+    elif todo.ranks:
+        before, after = (sum(getattr(row, side) for row in todo) for side in ("before", "after"))
+        left = "".join(f"\n  left {row.name!r}: {row.reason}" for row in todo.left)
+        rank_zero_info(
+            f"LowRank replaces {len(todo.ranks)} of {len(todo.rows)} layers, {before:,} weights "
+            f"become {after:,}{left}"
+        )
+
+
+def _spell(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())

@@ -1,0 +1,248 @@
+"""What becomes of each layer: which rank it gets, or why it is left as it is."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import TypeAlias, cast
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from slimnets.layers import Selector, Selectors, as_selectors, assign, without
+from slimnets.lowrank.decompose import (
+    Decomposition,
+    as_matrix,
+    rank_for_energy,
+    rank_for_fraction,
+)
+from slimnets.lowrank.modules import LowRankPair, refusal
+
+Rank: TypeAlias = int | float
+"""A rank, or a fraction of the layer's full rank in (0, 1)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What becomes of one layer.
+
+    Attributes:
+        name: Its name in the network.
+        kind: Its type.
+        rank: The rank of the pair that takes its place; None if it is left as it is.
+        before: Number of weights, biases not counted.
+        after: The same afterwards.
+        reason: Why it is left; empty if it is not.
+        asked: Whether it is left because the arguments say so.
+    """
+
+    name: str
+    kind: str
+    rank: int | None
+    before: int
+    after: int
+    reason: str = ""
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each layer; prints as a table.
+
+    Attributes:
+        rows: One for each layer that could be meant, in the order of ``named_modules()``.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Name of each layer that is to be replaced, and its rank."""
+        return {row.name: row.rank for row in self.rows if row.rank is not None}
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        """The layers that are left although the arguments do not say so."""
+        return tuple(row for row in self.rows if row.rank is None and not row.asked)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __rich__(self) -> Table:
+        table = Table("layer", "type")
+        for column in ("rank", "weights", "after"):
+            table.add_column(column, justify="right")
+        table.add_column("left because")
+        for row in self.rows:
+            rank = "" if row.rank is None else str(row.rank)
+            table.add_row(row.name, row.kind, rank, f"{row.before:,}", f"{row.after:,}", row.reason)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def plan(
+    model: nn.Module,
+    r: Rank | Mapping[str, Rank] | None = None,
+    *,
+    energy: float | None = None,
+    decomposition: Decomposition = "spatial",
+    exclude: Selectors = (),
+) -> Plan:
+    """What :func:`slimnets.factorize` would do with the same arguments; changes nothing.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If one is out of range, a glob matches nothing, or a weight is not finite.
+
+    Examples:
+        >>> rows = plan(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)), r=8).rows
+        >>> [(row.name, row.rank, row.after, row.reason) for row in rows]
+        [('0', 8, 1024, ''), ('1', None, 256, 'rank 8 is not below its full rank of 4')]
+    """
+    selectors = check_arguments(r, energy, decomposition, exclude)
+    layers = named_layers(model)
+    chosen = without(layers, selectors)
+    ranks = assign(r, layers, "r") if isinstance(r, Mapping) else dict.fromkeys(layers, r)
+    holders, inside = _holders(model), _inside_attention(model)
+    rows = []
+    for name, layer in layers.items():
+        kind, weights = type(layer).__name__, _count(layer)
+        asked = "excluded" if name not in chosen else "" if name in ranks else "not in r"
+        reason = asked or _reason_to_leave(layer, holders, inside)
+        rank = None
+        if not reason:
+            matrix = as_matrix(cast(Tensor, layer.weight).detach(), decomposition)
+            if not matrix.isfinite().all():
+                raise ValueError(f"the weight of layer {name!r} has infinite or NaN values")
+            rank = _rank(matrix, ranks[name], energy)
+            reason = _reason_of_size(rank, *matrix.shape)
+        if rank is None or reason:
+            rows.append(Row(name, kind, None, weights, weights, reason, bool(asked)))
+        else:
+            after = rank * sum(matrix.shape)
+            rows.append(Row(name, kind, rank, weights, after))
+    return Plan(tuple(rows))
+
+
+def check_arguments(
+    r: Rank | Mapping[str, Rank] | None,
+    energy: float | None,
+    decomposition: str,
+    exclude: Selectors,
+) -> tuple[Selector, ...]:
+    """Raise unless the arguments of :func:`slimnets.factorize` make sense; return ``exclude``."""
+    if (r is None) == (energy is None):
+        raise ValueError(f"r={r!r}, energy={energy!r}: give exactly one of the two")
+    if decomposition not in ("spatial", "channel"):
+        raise ValueError(f"decomposition={decomposition!r}: expected 'spatial' or 'channel'")
+    if isinstance(r, Mapping):
+        if not r:
+            raise ValueError("r={}: expected globs over layer names and their ranks")
+        for glob, rank in r.items():
+            if not isinstance(glob, str):
+                raise TypeError(f"r={r!r}: expected globs over layer names, not {glob!r}")
+            _check_rank(rank, f"r[{glob!r}]")
+    elif r is not None:
+        _check_rank(r, "r")
+    if energy is not None:
+        wanted = "a share of the squared singular values in (0, 1)"
+        _check_fraction(energy, "energy", wanted)
+    return as_selectors(exclude, "exclude")
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers a user may have in mind: what can be factorized, and what is named as left."""
+    kinds = (
+        LowRankPair,
+        nn.Linear,
+        nn.Bilinear,
+        nn.modules.conv._ConvNd,
+        nn.RNNBase,
+        nn.RNNCellBase,
+        nn.MultiheadAttention,
+    )
+    found: dict[str, nn.Module] = {}
+    halves: set[int] = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowRankPair):
+            halves.update(id(half) for half in layer)
+        if isinstance(layer, kinds) and id(layer) not in halves:
+            found[name] = layer
+    return found
+
+
+def _reason_to_leave(
+    layer: nn.Module, holders: Mapping[int, Mapping[str, nn.Module]], inside: Collection[int]
+) -> str:
+    if isinstance(layer, LowRankPair):
+        return f"already a pair of rank {layer.rank}"
+    if reason := refusal(layer):
+        return reason
+    if id(layer) in inside:
+        return "nn.MultiheadAttention reads its weight"
+    for parameter in layer.parameters():
+        for name, other in holders[id(parameter)].items():
+            if other is not layer:
+                return f"it shares parameters with {name!r}"
+    return ""
+
+
+def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
+    """Id of each parameter, and the modules that hold it; a tied one is held by several."""
+    holders: dict[int, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), {})[name] = module
+    return holders
+
+
+def _inside_attention(model: nn.Module) -> set[int]:
+    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    return {id(child) for module in attention for child in module.children()}
+
+
+def _rank(matrix: Tensor, r: Rank | None, energy: float | None) -> int:
+    if energy is not None:
+        return rank_for_energy(matrix, energy)
+    if isinstance(r, Integral):
+        return int(r)
+    return rank_for_fraction(cast(float, r), min(matrix.shape))
+
+
+def _reason_of_size(rank: int, rows: int, columns: int) -> str:
+    full, weights = min(rows, columns), rank * (rows + columns)
+    if rank >= full:
+        return f"rank {rank} is not below its full rank of {full}"
+    if weights >= rows * columns:
+        return f"a pair of rank {rank} would not be smaller: {weights:,} weights"
+    return ""
+
+
+def _count(layer: nn.Module) -> int:
+    tensors = layer.parameters(recurse=isinstance(layer, LowRankPair))
+    lazy = nn.parameter.UninitializedParameter
+    return sum(p.numel() for p in tensors if not isinstance(p, lazy) and p.ndim > 1)
+
+
+def _check_rank(rank: object, argument: str) -> None:
+    wanted = "a rank of at least 1, or a fraction of the layer's full rank in (0, 1)"
+    if isinstance(rank, Integral) and not isinstance(rank, bool):
+        if rank < 1:
+            raise ValueError(f"{argument}={rank!r}: expected {wanted}")
+    else:
+        _check_fraction(rank, argument, wanted)
+
+
+def _check_fraction(value: object, argument: str, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument}={value!r}: expected {wanted}")
+    number = float(value)
+    if not 0 < number < 1:
+        meant = number / 100 if argument == "energy" else round(number) if number < 1e6 else 0
+        hint = f"; did you mean {meant}?" if number > 1 and meant > 0 else ""
+        raise ValueError(f"{argument}={value!r}: expected {wanted}{hint}")
