@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from slimnets.distillation.arguments import (
@@ -40,6 +40,7 @@ from slimnets.distillation.observation import (
     observe,
 )
 from slimnets.distillation.teacher import Teacher, load_weights
+from slimnets.lowrank.modules import restructure
 from slimnets.trainer import copy_averages_anew
 
 STAGES = {"training_step": "train", "validation_step": "val", "test_step": "test"}
@@ -62,7 +63,8 @@ class DistillationModule(L.LightningModule):
     pass that its ``training_step`` makes anyway; of several that carry gradients, the mean counts.
     Under manual optimization every loss given to ``self.manual_backward`` is weighted by
     ``1 - alpha``, and the distillation loss of the forward passes since the call before is added to
-    it. Callbacks are given this module; the student is ``pl_module.student``.
+    it, in full: a step that divides its loss to accumulate gradients divides in ``loss``, too.
+    Callbacks are given this module; the student is ``pl_module.student``.
 
     The teacher is put into eval mode, and its parameters no longer require gradients. It is no
     submodule, so that it is in no checkpoint, optimizer or ``parameters()``; it moves to the
@@ -83,7 +85,8 @@ class DistillationModule(L.LightningModule):
             and returning a scalar: :func:`logit_regression`, or a function of your own. Outputs are
             handed over as the networks return them.
         logits: For a LightningModule that computes its logits in a submodule, as ``self.model(x)``
-            rather than ``self(x)``, the name of that submodule (``"model"``).
+            rather than ``self(x)``, the name of that submodule (``"model"``); the teacher is called
+            with the inputs of it.
         optimizer: For a plain ``nn.Module``, a function of its parameters that returns an optimizer
             or whatever ``configure_optimizers`` may return; AdamW with its defaults if not given.
         teacher_weights: A file to fill the teacher from: safetensors, or the state dict of
@@ -248,12 +251,13 @@ class DistillationModule(L.LightningModule):
                 student.on_load_checkpoint(checkpoint)
         self._restructure(checkpoint["state_dict"])
         settings = self._settings()
-        before = checkpoint.get("distillation", settings)
-        if before["teacher"] != settings["teacher"]:
-            rank_zero_warn("teacher: not the one that the checkpoint was distilled from")
-        for name in ("alpha", "temperature", "loss"):
-            if before[name] != settings[name]:
-                rank_zero_warn(f"{name}={settings[name]}: {before[name]} in the checkpoint")
+        for name, before in checkpoint.get("distillation", settings).items():
+            if before == settings[name]:
+                continue
+            if name == "teacher":
+                rank_zero_warn("teacher: not the one that the checkpoint was distilled from")
+            else:
+                rank_zero_warn(f"{name}={settings[name]}: {before} in the checkpoint")
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -264,15 +268,12 @@ class DistillationModule(L.LightningModule):
         }
 
     def _restructure(self, state: Mapping[str, Tensor]) -> None:
-        prefix = "student."
-        shapes = {key: value.shape for key, value in state.items() if key.startswith(prefix)}
-        own = {prefix + key: value for key, value in self.student.state_dict().items()}
-        if shapes != {key: value.shape for key, value in own.items() if not is_lazy(value)}:
-            from slimnets.lowrank.modules import restructure
-
-            self.student = restructure(self.student, shapes, prefix=prefix)
-            if self._trainer is not None:
-                copy_averages_anew(self._trainer, self)
+        before = list(self.student.modules())
+        shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+        self.student = restructure(self.student, shapes, prefix="student.")
+        is_fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if is_fitting and before != list(self.student.modules()):
+            copy_averages_anew(self.trainer, self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DistillationModule":
         super()._apply(fn, recurse)
