@@ -142,7 +142,7 @@ def test_a_compressed_checkpoint_is_tested_and_predicted_with_a_fresh_model(make
         distillation(), small_data(8), ckpt_path=tmp_path / "x.ckpt", verbose=False
     )
     loaded = DistillationModule.load_from_checkpoint(
-        tmp_path / "x.ckpt", student=small_network(dropout=0.2), teacher=small_network()
+        tmp_path / "x.ckpt", student=small_network(dropout=0.2), teacher=module.teacher
     )
     state = module.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())

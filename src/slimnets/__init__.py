@@ -1,8 +1,29 @@
 """Composable compression callbacks for PyTorch Lightning."""
 
+from slimnets.artifact import load as load
+from slimnets.artifact import save as save
+from slimnets.distillation import DistillationModule as DistillationModule
 from slimnets.gate import after_target as after_target
+from slimnets.inspection.summary import summarize as summarize
+from slimnets.lowrank import LowRank as LowRank
+from slimnets.lowrank import LowRankReplace as LowRankReplace
+from slimnets.lowrank import factorize as factorize
+from slimnets.lowrank import merge as merge
 from slimnets.pruning import GradualPrune as GradualPrune
 from slimnets.pruning import prune as prune
 from slimnets.resume import ExactResume as ExactResume
 
-__all__ = ["ExactResume", "GradualPrune", "after_target", "prune"]
+__all__ = [
+    "DistillationModule",
+    "ExactResume",
+    "GradualPrune",
+    "LowRank",
+    "LowRankReplace",
+    "after_target",
+    "factorize",
+    "load",
+    "merge",
+    "prune",
+    "save",
+    "summarize",
+]
