@@ -27,44 +27,40 @@ def convert_checkpoint(
         path: Where to.
         dtype: As for :func:`slimnets.save`; int8 scales run along each weight's first dimension,
             as a checkpoint does not say which layers are transposed.
-        network: The submodule whose weights to take, ``""`` for all. By default ``"student"`` if
-            there is nothing else in the checkpoint, as in those of a DistillationModule.
+        network: The submodule whose weights to take, ``""`` for all. By default the student of a
+            DistillationModule, and all of any other module.
 
     Raises:
         ArtifactError: If ``checkpoint`` is not a whole checkpoint.
         ValueError: If there is no such submodule, or ``dtype`` is unknown.
         OSError: If a file cannot be read or written.
     """
-    if isinstance(checkpoint, Mapping):
-        state = _state_dict(checkpoint)
-    else:
+    if not isinstance(checkpoint, Mapping):
         with naming(checkpoint):
-            state = _state_dict(_loaded(checkpoint))
+            checkpoint = _loaded(checkpoint)
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, Mapping) or not state:
+        raise ArtifactError("not a checkpoint of Lightning: it has no 'state_dict'")
     if network is None:
-        network = "student" if all(name.startswith("student.") for name in state) else ""
+        network = "student" if "distillation" in checkpoint else ""
     prefix = f"{network}." if network else ""
+    plain = {plain_name(name): value for name, value in state.items()}
     chosen = {
-        plain_name(name.removeprefix(prefix)): value
-        for name, value in state.items()
-        if name.startswith(prefix)
+        name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)
     }
     if not chosen:
-        places = sorted({name.partition(".")[0] for name in state})
-        raise ValueError(f"network={network!r}: the checkpoint has only {', '.join(places)}")
+        places = ", ".join(sorted({name.partition(".")[0] for name in plain}))
+        raise ValueError(f"network={network!r}: the checkpoint has only {places}")
     write(path, pack(chosen, dtype))
 
 
-def _loaded(path: PathLike) -> Any:
+def _loaded(path: PathLike) -> Mapping[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # of a damaged file, torch and pickle raise a dozen kinds
         raise ArtifactError(f"cannot be read as a checkpoint: {error}") from error
-
-
-def _state_dict(checkpoint: Any) -> Mapping[str, Any]:
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping) or not state:
-        raise ArtifactError("not a checkpoint of Lightning: it has no 'state_dict'")
-    return state
+    if not isinstance(loaded, Mapping):
+        raise ArtifactError(f"not a checkpoint of Lightning, but a {type(loaded).__name__}")
+    return loaded

@@ -228,8 +228,10 @@ def tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def _refuse_special(tensor: torch.Tensor) -> None:
     if is_lazy(tensor):
         raise TypeError("a lazy parameter is not initialized before the first forward pass")
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        raise TypeError(f"only plain dense tensors can be stored, not {tensor.layout}")
+    plain = type(tensor.detach()) is torch.Tensor and not tensor.is_quantized
+    if not plain or tensor.layout is not torch.strided:
+        kind = f"{type(tensor).__name__} of layout {tensor.layout} and dtype {tensor.dtype}"
+        raise TypeError(f"only plain dense tensors can be stored, not a {kind}")
     if tensor.is_meta:
         raise TypeError("a tensor on the meta device has no values to store")
     if tensor.dtype not in DTYPES.values():

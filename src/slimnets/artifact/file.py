@@ -1,7 +1,7 @@
 """A compressed network to one small file, and back."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from slimnets.artifact.codec import decode, same_bits, tied
 from slimnets.artifact.container import PathLike, naming, pack, read, write
 from slimnets.artifact.streams import ArtifactError
 from slimnets.layers import compressed_network
+from slimnets.lowrank.modules import restructure
 
 _COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -80,23 +81,24 @@ def load(path: PathLike, model: nn.Module) -> nn.Module:
         info, streams = read(path)
         own = _own_names(network, info.shapes)
         shapes = {own[name]: shape for name, shape in info.shapes.items()}
+        _refuse_unfillable(_tensors(network.state_dict()))
         loaded = _restructured(network, shapes)
-        target = loaded.state_dict()
-        _refuse_unfillable(target)
-        _compare(shapes, target)
+        state = loaded.state_dict()
+        target = _tensors(state)
+        _compare(shapes, state, target)
         tensors = dict(zip(info.tensors, decode([*info.tensors.values()], streams), strict=True))
         tensors |= {name: tensors[first] for name, first in info.ties.items()}
-        state = {own[name]: tensor for name, tensor in tensors.items()}
-        _compare_ties(tied(target), state)
-        changed = dict(info.inexact)
-        for name, tensor in tensors.items():
-            dtype = getattr(target[own[name]], "dtype", tensor.dtype)
-            if not same_bits(tensor.to(dtype).to(tensor.dtype), tensor):
-                changed[name] = dtype
-        # In place, for the versions of the modules' own formats, which come with it.
-        target.update(state)
-        loaded.load_state_dict(target)
-    _report(path, changed)
+        filled = {own[name]: tensor for name, tensor in tensors.items()}
+        _compare_ties(tied(target), filled)
+        rounded = dict(info.inexact) | {
+            name: target[own[name]].dtype
+            for name, tensor in tensors.items()
+            if own[name] in target and not _fits(tensor, target[own[name]].dtype)
+        }
+        # In place, for the versions of the modules' own formats, which come with the state dict.
+        state.update(filled)
+        loaded.load_state_dict(state)
+    _report(path, rounded)
     return model if loaded is network else loaded
 
 
@@ -131,8 +133,7 @@ def _modules_kept_on_error(network: nn.Module) -> Iterator[None]:
 
 
 def _restructured(network: nn.Module, shapes: Mapping[str, torch.Size]) -> nn.Module:
-    from slimnets.lowrank.modules import restructure
-
+    _refuse_ranks(shapes)
     compiled = [m for m in network.modules() if "_orig_mod" in m._modules]
     originals = [m._modules["_orig_mod"] for m in compiled]
     try:
@@ -144,10 +145,27 @@ def _restructured(network: nn.Module, shapes: Mapping[str, torch.Size]) -> nn.Mo
     return loaded
 
 
+def _refuse_ranks(shapes: Mapping[str, torch.Size]) -> None:
+    """Raise if a pair is larger than it can be of use, before any memory is taken for it."""
+    for name, first in shapes.items():
+        second = shapes.get(name.removesuffix("first.weight") + "second.weight")
+        if name.endswith("first.weight") and first and second is not None:
+            rank, sizes = first[0], (first.numel(), second.numel())
+            if rank * rank > min(sizes):
+                raise ArtifactError(f"{name!r}: rank {rank} is above full rank")
+
+
+def _tensors(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """The values of a state dict that have a shape and memory: no lazy ones, no extra state."""
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and not is_lazy(value)
+    }
+
+
 def _refuse_unfillable(target: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in target.items():
-        if not isinstance(tensor, torch.Tensor) or is_lazy(tensor):
-            continue
         if tensor.is_meta:
             raise ValueError(
                 f"load: {name!r} of the model is on the meta device, without memory to fill; call "
@@ -158,16 +176,18 @@ def _refuse_unfillable(target: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(f"load: {name!r} of the model is expanded; clone it first")
 
 
-def _compare(shapes: Mapping[str, torch.Size], target: Mapping[str, torch.Tensor]) -> None:
+def _compare(
+    shapes: Mapping[str, torch.Size],
+    names: Collection[str],
+    target: Mapping[str, torch.Tensor],
+) -> None:
     """Raise unless the file and the model have the same keys and shapes."""
-    wrong = [f"{name!r} is missing in the file" for name in target if name not in shapes]
-    for name, shape in shapes.items():
-        if name not in target:
-            wrong.append(f"{name!r} is missing in the model")
-        elif isinstance(target[name], torch.Tensor) and not is_lazy(target[name]):
-            there = target[name].shape
-            if there != shape and not name.endswith("_extra_state"):
-                wrong.append(f"{name!r} is {tuple(shape)} in the file, {tuple(there)} in the model")
+    wrong = [f"{name!r} is missing in the file" for name in names if name not in shapes]
+    wrong += [f"{name!r} is missing in the model" for name in shapes if name not in names]
+    for name in [name for name in target if name in shapes]:
+        shape, own = shapes[name], target[name].shape
+        if own != shape and not name.endswith("_extra_state"):
+            wrong.append(f"{name!r} is {tuple(shape)} in the file, {tuple(own)} in the model")
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ArtifactError(f"does not fit the model: {'; '.join(wrong[:5])}{more}")
@@ -182,10 +202,18 @@ def _compare_ties(ties: Mapping[str, str], state: Mapping[str, torch.Tensor]) ->
             )
 
 
-def _report(path: PathLike, changed: Mapping[str, torch.dtype]) -> None:
+def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype == dtype or same_bits(tensor.to(dtype).to(tensor.dtype), tensor)
+
+
+def _report(path: PathLike, rounded: Mapping[str, torch.dtype]) -> None:
     """Say which values are not those that were saved."""
-    reasons: dict[torch.dtype, list[str]] = {}
-    for name, dtype in changed.items():
-        reasons.setdefault(dtype, []).append(name)
-    for dtype, names in reasons.items():
-        rank_zero_info(f"{path}: no longer bit-exact, rounded to {dtype}: {', '.join(names)}")
+    names_of: dict[torch.dtype, list[str]] = {}
+    for name, dtype in rounded.items():
+        names_of.setdefault(dtype, []).append(name)
+    for dtype, names in names_of.items():
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        rank_zero_info(
+            f"{path}: {len(names)} tensors are no longer bit-exact, rounded to {dtype}: "
+            f"{', '.join(names[:20])}{more}"
+        )
