@@ -195,8 +195,9 @@ def test_nan_and_infinities_pass_as_in_pytorch():
 def test_several_threads_and_several_callers(request):
     torch.set_num_threads(3)
     request.addfinalizer(lambda: torch.set_num_threads(1))
-    network = nn.Sequential(*(thin(nn.Conv2d(32, 32, 3, padding=1), 0.3) for _ in range(3)))
-    inputs = [torch.randn(n, 32, 12, 12) for n in (1, 2, 5, 16)]
+    wide = [thin(nn.Conv2d(64, 64, 3, padding=1), 0.4) for _ in range(3)]  # several blocks
+    network = nn.Sequential(*wide, nn.MaxPool2d(2), thin(nn.Conv2d(64, 64, 3, stride=2), 0.4))
+    inputs = [torch.randn(n, 64, 12, 12) for n in (1, 2, 5, 16)]
     with torch.no_grad():
         expected = [network(x) for x in inputs]
         graph, _ = in_engine(network, inputs[0])

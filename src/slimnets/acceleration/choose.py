@@ -1,7 +1,8 @@
 """Chooses by measuring: how each layer of a graph is computed, and which variant is fastest."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ except ImportError:  # Numba is not installed
 FEW_SECONDS = 0.2
 CSR_FROM = 0.6
 """Share of zeros below which a CSR product is not worth trying."""
+
+NOTHING: Mapping[str, int] = MappingProxyType({})
 
 EAGER = "PyTorch"
 SPARSE = "sparse kernel"
@@ -61,8 +64,13 @@ class Choice:
     layers: dict[str, float] = field(default_factory=dict)  # name: seconds of the fastest choice
 
 
-def choose(traced: fx.GraphModule, arguments: tuple[Any, ...]) -> Choice:
-    """Variants of ``traced`` whose shapes have been recorded on ``arguments``."""
+def choose(
+    traced: fx.GraphModule, arguments: tuple[Any, ...], removed: Mapping[str, int] = NOTHING
+) -> Choice:
+    """Variants of ``traced`` whose shapes have been recorded on ``arguments``.
+
+    ``removed`` tells how many channels layers have lost, for the report.
+    """
     layers = _layers(traced, arguments)
     for layer in layers.values():
         _time_outside(layer)
@@ -72,7 +80,10 @@ def choose(traced: fx.GraphModule, arguments: tuple[Any, ...]) -> Choice:
     def add(name: str, graph: fx.GraphModule | None, inside: set[str]) -> None:
         if graph is not None:
             variants[name] = graph
-            rows[name] = [_row(one, SPARSE if n in inside else one.outside) for n, one in layers.items()]
+            rows[name] = [
+                _row(one, SPARSE if n in inside else one.outside, removed)
+                for n, one in layers.items()
+            ]
 
     add("dense", _variant(traced, layers, set()), set())
     add("dense, channels last", _channels_last(_variant(traced, layers, set())), set())
@@ -163,7 +174,10 @@ def _time_inside(
             one.times[SPARSE] = seconds[str(one.node.target)]
 
 
-def _row(one: _Layer, choice: str) -> Row:
+def _row(one: _Layer, choice: str, removed: Mapping[str, int]) -> Row:
     before, after = one.times[EAGER], one.times.get(choice, one.times[EAGER])
     kind = type(one.layer).__name__
-    return Row(str(one.node.target), kind, one.zeros, choice, before * 1e3, after * 1e3)
+    name = str(one.node.target)
+    if name in removed:
+        choice = f"{choice}, {removed[name]} channels removed"
+    return Row(name, kind, one.zeros, choice, before * 1e3, after * 1e3)

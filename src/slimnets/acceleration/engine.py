@@ -5,6 +5,7 @@ meet at a barrier instead of at a queue. Activations lie as (channel, row, colum
 samples innermost; addresses are bytes, everything else counts floats.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -72,6 +73,25 @@ def _arrived(typing, address):  # type: ignore[no-untyped-def]
     return types.int64(types.int64), codegen
 
 
+if os.name == "posix":
+    _yield = types.ExternalFunction("sched_yield", types.int32())
+else:
+
+    @njit(nogil=True)
+    def _yield() -> int:  # type: ignore[misc]
+        return 0
+
+
+@njit(nogil=True)
+def _wait(barrier, count):  # type: ignore[no-untyped-def]
+    """Wait for the other threads; one that has lost its core for a while is waited for politely."""
+    spins = 0
+    while _arrived(barrier) < count:
+        spins += 1
+        if spins > 4000:
+            _yield()
+
+
 def _convolution(rows: int, width: int) -> Any:
     size = rows * width
     tile = tile_kernel(rows, width, unroll=4 if size <= 8 else 2 if size <= 16 else 1)
@@ -81,6 +101,9 @@ def _convolution(rows: int, width: int) -> Any:
         vals, offs, pointers, order = op[3], op[4], op[5], op[6]
         blocks, channels, xs, ys, tiles = op[7], op[8], op[9], op[10], op[11]
         bias, residual, mask, plane = op[14], op[15], op[16], op[17]
+        share, mine = 0, 1
+        if blocks > 1:  # rows come in another order in every block: a thread keeps its channels
+            share, mine, row0, row_step = row0, row_step, 0, 1
         for t in range(tile0, tile1):
             x_at = arena + 4 * (op[1] + _load_int(tiles, 2 * t))
             start = _load_int(tiles, 2 * t + 1)
@@ -89,9 +112,10 @@ def _convolution(rows: int, width: int) -> Any:
             m_at = 0 if mask == 0 else mask + 4 * start
             for block in range(blocks):
                 flags = (FIRST if block == 0 else 0) | (LAST if block == blocks - 1 else 0)
-                for row in range(row0, channels, row_step):
-                    at = block * channels + row
+                for at in range(block * channels + row0, (block + 1) * channels, row_step):
                     channel = _load_int(order, at)
+                    if channel % mine != share:
+                        continue
                     tile(
                         vals,
                         offs,
@@ -298,8 +322,7 @@ def _compiled(kernel_version: int) -> Any:
                 _elementwise(op, lo, hi, arena, thread, threads)
             if threads > 1:
                 _arrive(barrier)
-                while _arrived(barrier) < (i + 1) * threads:
-                    pass
+                _wait(barrier, (i + 1) * threads)
 
     try:
         return njit(nogil=True, cache=True)(interpret)

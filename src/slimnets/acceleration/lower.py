@@ -78,7 +78,7 @@ def _of_module(node: fx.Node, m: nn.Module) -> Known | None:
         return _of_layer(m, source, form)
     kind = type(m)
     if form is not None and kind in (nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout, nn.Dropout2d):
-        return [source], _clamp(*_LIMITS.get(kind, (-INFINITY, INFINITY))), form
+        return [source], _clamp(*LIMITS.get(kind, (-INFINITY, INFINITY))), form
     if kind in (nn.BatchNorm2d, nn.BatchNorm1d) and m.running_var is not None:
         rank = 4 if kind is nn.BatchNorm2d else 2
         flat = rank == 4 or _is_a_vector(source)
@@ -91,7 +91,7 @@ def _of_module(node: fx.Node, m: nn.Module) -> Known | None:
     return _of_pooling(m, source)
 
 
-_LIMITS: dict[Any, tuple[float, float]] = {
+LIMITS: dict[Any, tuple[float, float]] = {
     nn.ReLU: (0.0, INFINITY),
     nn.ReLU6: (0.0, 6.0),
     F.relu: (0.0, INFINITY),
@@ -155,10 +155,10 @@ def _of_call(node: fx.Node) -> Known | None:
         return _flatten(source, form_of(source)) if dims in ([1], [1, -1]) else None  # type: ignore[arg-type]
     if target in ("mean", torch.mean):
         return _mean(node)
-    if target in _LIMITS and set(node.kwargs) <= {"inplace"}:
+    if target in LIMITS and set(node.kwargs) <= {"inplace"}:
         source = _source(node)
         form = form_of(source)
-        return ([source], _clamp(*_LIMITS[target]), form) if form else None
+        return ([source], _clamp(*LIMITS[target]), form) if form else None
     if target in (F.dropout, F.dropout2d) and node.kwargs.get("training") is False:
         source = node.args[0]
         form = form_of(source) if isinstance(source, fx.Node) else None

@@ -13,6 +13,7 @@ from slimnets.acceleration.inside import opaque, swap_layers
 from slimnets.acceleration.measure import fastest
 from slimnets.acceleration.pairs import has_pairs, pairs_or_products
 from slimnets.acceleration.report import Report
+from slimnets.acceleration.shrink import shrink
 from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace
 from slimnets.layers import compressed_network
 
@@ -97,15 +98,16 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
         chosen in its ``report``.
     """
     example = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
-    original = _copy(compressed_network(model))
+    original = copy_for_inference(compressed_network(model))
     with torch.no_grad():
         expected = original(*example)
         fast, report = _fastest(original, example, expected)
     return Accelerated(original, fast, example, report)
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copy_for_inference(model: nn.Module) -> nn.Module:
     trainer = getattr(model, "_trainer", None)
+    """A copy in eval mode whose parameters need no gradient."""
     memo = {} if trainer is None else {id(trainer): None}  # not the Trainer of a LightningModule
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
@@ -125,7 +127,7 @@ def _fastest(
         report.note = "The network cannot be traced: only single layers have been exchanged."
     else:
         choice = _of_graph(graph, example)
-    variants = {n: v for n, v in choice.variants.items() if _same(v, example, expected)}
+    variants = {n: v for n, v in choice.variants.items() if same_results(v, example, expected)}
     calls: dict[str, Any] = {"PyTorch": lambda: original(*example)}
     calls.update({n: lambda v=v: v(*example) for n, v in variants.items()})
     times = fastest(calls)
@@ -145,7 +147,7 @@ def _fastest(
 
 def _graph(network: nn.Module, example: tuple[Any, ...], expected: Any) -> fx.GraphModule | None:
     graph = trace(network, len(example))
-    return graph if graph is not None and _same(graph, example, expected) else None
+    return graph if graph is not None and same_results(graph, example, expected) else None
 
 
 def _times(network: nn.Module, example: tuple[Any, ...], expected: Any) -> dict[str, float]:
@@ -158,17 +160,20 @@ def _of_graph(graph: fx.GraphModule, example: tuple[Any, ...]) -> Choice:
     recorder = Recorder(graph)
     recorder.run(*example)
     fold_batch_norm(graph)
+    Recorder(graph).run(*example)
+    removed = shrink(graph)
     rows = []
     for name, module in opaque(graph).items():
         if name in recorder.opaque:
             rows += swap_layers(module, recorder.opaque[name], f"{name}.")
     Recorder(graph).run(*example)
-    choice = choose(graph, example)
+    choice = choose(graph, example, removed)
     all_rows = {n: [*r, *rows] for n, r in choice.rows.items()}
     return Choice(choice.variants, all_rows, choice.layers)
 
 
-def _same(variant: Callable[..., Any], example: tuple[Any, ...], expected: Any) -> bool:
+def same_results(variant: Callable[..., Any], example: tuple[Any, ...], expected: Any) -> bool:
+    """Whether ``variant`` computes what was ``expected`` of ``example``, up to rounding."""
     try:
         return _close(variant(*example), expected)
     except Exception:

@@ -180,6 +180,7 @@ def fold_batch_norm(traced: fx.GraphModule) -> None:
         traced.set_submodule(str(source.target), folded.requires_grad_(False))
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
     traced.recompile()
 
 

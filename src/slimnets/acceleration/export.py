@@ -1,0 +1,82 @@
+"""The compressed network for other runtimes."""
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimnets.acceleration.attention import traceable
+from slimnets.acceleration.module import copy_for_inference, same_results
+from slimnets.acceleration.shrink import shrink
+from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace
+from slimnets.layers import compressed_network
+
+SUFFIXES = (".pt2", ".onnx")
+
+
+def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
+    """Write ``model`` for another runtime, with batch norm folded and dead channels removed.
+
+    Weights are written dense: these runtimes gain nothing from single zeros. The first dimension
+    of every input, the batch, may change afterwards where the network allows it.
+
+    Args:
+        model: Any module that ``torch.export`` understands; it is copied and left as it is.
+        example_input: An input tensor, or a tuple of the arguments of ``forward``.
+        path: Where to: ``*.pt2`` for ``torch.export.load``, ``*.onnx`` for ONNX Runtime, OpenVINO
+            and others (needs ``onnx`` and ``onnxscript``).
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: If the suffix is neither.
+        ImportError: If a package for the format is missing.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"path={str(path)!r}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    missing = [n for n in ("onnx", "onnxscript") if path.suffix == ".onnx" and not find_spec(n)]
+    if missing:
+        raise ImportError(f"{path.suffix} needs {' and '.join(missing)}: pip install slimnets[export]")
+    example = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
+    with torch.no_grad():
+        network = simplified(compressed_network(model), example)
+        _write(network, tuple(_at_least_two(value) for value in example), path)
+    return path
+
+
+def simplified(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
+    """A copy of ``model`` with batch norm folded and dead channels removed, where it is traced."""
+    original = copy_for_inference(model)
+    expected = original(*example)
+    graph = trace(traceable(original), len(example))
+    if graph is None or not same_results(graph, example, expected):
+        return original
+    Recorder(graph).run(*example)
+    fold_batch_norm(graph)
+    Recorder(graph).run(*example)
+    shrink(graph)
+    graph.recompile()
+    return graph if same_results(graph, example, expected) else original
+
+
+def _at_least_two(value: Any) -> Any:
+    # torch.export takes a dimension of one for a constant
+    one = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == 1
+    return torch.cat([value, value]) if one else value
+
+
+def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
+    batch = torch.export.Dim.AUTO  # type: ignore[attr-defined]
+    free = tuple({0: batch} if isinstance(v, Tensor) and v.dim() > 1 else None for v in example)
+    with warnings.catch_warnings():  # the exporters' own, about versions to come
+        warnings.simplefilter("ignore")
+        program = torch.export.export(network, example, dynamic_shapes=free)
+        if path.suffix == ".pt2":
+            torch.export.save(program, path)
+        else:
+            torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)

@@ -1,0 +1,93 @@
+"""Exported files, run in the runtimes they are for."""
+
+import pytest
+import torch
+from torch import nn
+
+from slimnets.acceleration.export import export, simplified
+
+
+def network() -> nn.Module:
+    """Channels 1, 2 of the first convolution are silent, 3 is unread; the linear layer flattens."""
+    layers = (
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1),
+        nn.ReLU6(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 5),
+    )
+    with torch.no_grad():
+        nn.init.uniform_(layers[1].running_var, 0.5, 2.0)
+        layers[0].weight[1:3] = 0.0
+        layers[0].bias[1:3] = 0.0
+        layers[1].running_mean[1:3] = torch.tensor([0.5, -0.5])  # -0.5 is cut off by ReLU
+        layers[3].weight[:, 3] = 0.0
+        layers[3].weight[4] = 0.0
+        layers[3].bias[4] = 2.0
+    return nn.Sequential(*layers).eval()
+
+
+def test_silent_and_unread_channels_are_removed():
+    model, x = network(), torch.randn(3, 3, 8, 8)
+    small = simplified(model, (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-5)
+    convolutions = [m for m in small.modules() if isinstance(m, nn.Conv2d)]
+    # channel 2 is the positive constant 0.5, which zero padding cuts at the border: it stays
+    assert [len(m.weight) for m in convolutions] == [6, 5]
+    assert not [m for m in small.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_pt2(tmp_path, batch):
+    model = network()
+    path = export(model, torch.randn(batch, 3, 8, 8), tmp_path / "net.pt2")
+    loaded = torch.export.load(path).module()
+    for n in (1, 5):
+        x = torch.randn(n, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_in_both_runtimes(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model = network()
+    path = export(model, torch.randn(1, 3, 8, 8), tmp_path / "net.onnx")
+    onnx.checker.check_model(str(path))
+    x = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+    for run in (_onnx_runtime, _openvino):
+        found = run(path, x)
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def _onnx_runtime(path, x):
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def _openvino(path, x):
+    try:
+        import openvino
+    except ImportError:
+        return None
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(path, "CPU", exact)
+    return torch.from_numpy(compiled(x.numpy())[0])
+
+
+def test_another_suffix(tmp_path):
+    with pytest.raises(ValueError, match=r"net\.bin.*\.pt2 or \.onnx"):
+        export(network(), torch.randn(1, 3, 8, 8), tmp_path / "net.bin")
+    assert not list(tmp_path.iterdir())
