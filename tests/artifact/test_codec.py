@@ -122,12 +122,11 @@ def test_huge_and_almost_empty() -> None:
     ("tensor", "message"),
     [
         (torch.eye(3).to_sparse(), "only plain dense"),
-        (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "only plain dense"),
         (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "plain"),
         (torch.empty(3, device="meta"), "meta device"),
         (nn.LazyLinear(3).weight, "not initialized"),
     ],
-    ids=["coo", "quantized", "nested", "meta", "lazy"],
+    ids=["coo", "nested", "meta", "lazy"],
 )
 def test_what_has_no_plain_values_is_refused(tensor: torch.Tensor, message: str) -> None:
     with pytest.raises(TypeError, match=message):

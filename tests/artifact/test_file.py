@@ -1,6 +1,7 @@
 """Networks to a file and back: every bit, every structure, and nothing changed on failure."""
 
 import logging
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,25 @@ def test_a_rank_beyond_all_reason(path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"'5\.first\.weight': rank 101 is above full rank"):
         load(path, fresh)
     assert_untouched(fresh, before)
+
+
+def test_structures_that_nobody_built(path: Path) -> None:
+    generator = random.Random(0)
+    fresh = Net()
+    before = snapshot(fresh)
+    for _ in range(200):
+        state = Net().state_dict()
+        layer = generator.choice(["0.", "1.", "3.", "5.", "6.", ""])
+        for part in generator.sample(["weight", "bias"], k=generator.randrange(3)):
+            state.pop(layer + part, None)
+        parts = ["first.weight", "second.weight", "first.bias", "second.bias", "first.first.weight"]
+        for part in generator.sample(parts, k=generator.randrange(1, 5)):
+            sizes = generator.choices([0, 1, 3, 8, 10, 50, 100], k=generator.randrange(5))
+            state[layer + part] = torch.zeros(sizes)
+        write(path, pack(state))
+        with pytest.raises(ArtifactError):
+            load(path, fresh)
+        assert_untouched(fresh, before)
 
 
 def test_damage_is_found_before_anything_changes(path: Path) -> None:

@@ -228,9 +228,8 @@ def tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def _refuse_special(tensor: torch.Tensor) -> None:
     if is_lazy(tensor):
         raise TypeError("a lazy parameter is not initialized before the first forward pass")
-    plain = type(tensor.detach()) is torch.Tensor and not tensor.is_quantized
-    if not plain or tensor.layout is not torch.strided:
-        kind = f"{type(tensor).__name__} of layout {tensor.layout} and dtype {tensor.dtype}"
+    if type(tensor.detach()) is not torch.Tensor or tensor.layout is not torch.strided:
+        kind = f"{type(tensor).__name__} of layout {tensor.layout}"
         raise TypeError(f"only plain dense tensors can be stored, not a {kind}")
     if tensor.is_meta:
         raise TypeError("a tensor on the meta device has no values to store")
