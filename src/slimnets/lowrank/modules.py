@@ -39,8 +39,6 @@ def refusal(layer: nn.Module) -> str:
     layer = cast(Layer, layer)
     if type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point():
         return f"its weight is a {type(layer.weight).__name__} of {layer.weight.dtype}"
-    if layer.weight.is_meta:
-        return "its weight has no values yet (meta device)"
     if getattr(layer, "groups", 1) != 1:
         return f"it is grouped (groups={layer.groups})"
     methods = ("forward", "_conv_forward")

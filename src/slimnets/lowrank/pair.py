@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ class LowRankPair(nn.Sequential):
         (2, 8, 4, (4, 8))
     """
 
-    first: Layer
-    second: Layer
-    # TorchScript compiles every property, and a linear pair has no kernel size
+    if TYPE_CHECKING:  # TorchScript understands neither the union nor the properties
+        first: Layer
+        second: Layer
     __jit_unused_properties__ = [  # noqa: RUF012
         "rank",
         "weight",

@@ -186,6 +186,8 @@ def _reason_to_leave(
     if id(layer) in inside:
         return "nn.MultiheadAttention reads its weight"
     for parameter in layer.parameters():
+        if parameter.is_meta:
+            return "it is on the meta device and has no values yet"
         for name, other in holders[id(parameter)].items():
             if other is not layer:
                 return f"it shares parameters with {name!r}"

@@ -1,0 +1,198 @@
+"""What becomes of each layer, and why; bad arguments."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from slimnets.lowrank import factorize, plan
+
+
+class Everything(nn.Module):
+    """One of each layer that is left, and some that are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3)
+        self.conv1d = nn.Conv1d(16, 16, 3)
+        self.linear = nn.Linear(16, 16)
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+        self.transposed = nn.ConvTranspose2d(4, 4, 3)
+        self.conv3d = nn.Conv3d(4, 4, 3)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.lazy = nn.LazyConv2d(4, 3)
+        self.meta = nn.Linear(16, 16, device="meta")
+        self.lstm = nn.LSTM(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.embedding = nn.Embedding(20, 16)
+        self.tied = nn.Linear(16, 20, bias=False)
+        self.tied.weight = self.embedding.weight
+        self.head = nn.Linear(16, 3)
+        self.norm = nn.LayerNorm(16)
+
+
+def rows(*args, **kwargs):
+    return {row.name: row for row in plan(*args, **kwargs)}
+
+
+def test_every_layer_has_its_rank_or_a_reason():
+    found = rows(Everything(), 4)
+    assert {name: row.rank for name, row in found.items() if row.rank} == {
+        "conv": 4,
+        "conv1d": 4,
+        "linear": 4,
+    }
+    reasons = {
+        "depthwise": "it is grouped (groups=16)",
+        "transposed": "ConvTranspose2d is not supported",
+        "conv3d": "Conv3d is not supported",
+        "normed": "its weight is computed from other parameters",
+        "lazy": "it has no shape yet; run a batch through the network first",
+        "meta": "it is on the meta device and has no values yet",
+        "lstm": "LSTM is not supported",
+        "attention": "MultiheadAttention is not supported",
+        "attention.out_proj": "nn.MultiheadAttention reads its weight",
+        "tied": "it shares parameters with 'embedding'",
+        "head": "rank 4 is not below its full rank of 3",
+    }
+    assert {name: row.reason for name, row in found.items() if row.rank is None} == reasons
+    assert not any(row.asked for row in found.values())
+
+
+def test_weights_are_counted_before_and_after():
+    found = rows(Everything(), 4)
+    assert (found["conv"].before, found["conv"].after) == (16 * 16 * 9, 4 * (48 + 48))
+    assert (found["linear"].before, found["linear"].after) == (256, 128)
+    assert (found["head"].before, found["head"].after) == (48, 48)
+    channel = rows(Everything(), 4, decomposition="channel")["conv"]
+    assert channel.after == 4 * (16 * 9 + 16)
+
+
+def test_what_it_says_is_what_factorize_does():
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 10))
+    planned = plan(net, energy=0.6)
+    dense = {name: net.get_submodule(name).weight.numel() for name in ("0", "2", "3")}
+    assert {row.name: row.before for row in planned} == dense
+    factorize(net, energy=0.6)
+    assert planned.ranks
+    for row in planned:
+        layer = net.get_submodule(row.name)
+        weights = sum(p.numel() for p in layer.parameters() if p.ndim > 1)
+        assert (getattr(layer, "rank", None), weights) == (row.rank, row.after)
+
+
+def test_it_changes_nothing():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Linear(8, 8))
+    before, layers = copy.deepcopy(net.state_dict()), list(net.modules())
+    plan(net, energy=0.5)
+    assert list(net.modules()) == layers
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
+
+
+def test_a_pair_that_would_not_be_smaller_is_not_made():
+    net = nn.Linear(10, 10)  # rank 5 has 100 weights, as many as there are
+    assert rows(net, 4)[""].rank == 4
+    assert rows(net, 5)[""].reason == "a pair of rank 5 would not be smaller: 100 weights"
+    assert rows(net, 0.5)[""].rank is None
+    assert rows(net, energy=0.999999)[""].rank is None
+
+
+def test_fractions_are_of_each_layers_full_rank():
+    net = nn.Sequential(nn.Linear(100, 40), nn.Conv2d(8, 30, 3), nn.Conv2d(8, 30, 3))
+    assert plan(net, 0.25).ranks == {"0": 10, "1": 6, "2": 6}
+    assert plan(net, 0.25, decomposition="channel").ranks == {"0": 10, "1": 8, "2": 8}
+
+
+def test_energy_is_the_share_of_the_squared_singular_values():
+    net = nn.Linear(4, 4, bias=False)
+    net.weight.data = torch.diag(torch.tensor([4.0, 2.0, 1.0, 1.0]))  # 16, 4, 1 and 1 of 22
+    assert [rows(net, energy=e)[""].rank for e in (0.5, 0.72)] == [1, 1]
+    assert rows(net, energy=0.9)[""].reason == "a pair of rank 2 would not be smaller: 16 weights"
+
+
+def test_the_first_glob_that_matches_counts():
+    net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    found = rows(net, {"1": 2, "[12]": 4, "3": 0.25})
+    assert [found[name].rank for name in "0123"] == [None, 2, 4, 4]
+    assert found["0"].reason == "not in r"
+    assert found["0"].asked
+
+
+@pytest.mark.parametrize(
+    "exclude",
+    ["0", ["0"], nn.Conv1d, (nn.Conv1d,), lambda name, layer: name == "0"],
+    ids=["glob", "list", "type", "tuple", "predicate"],
+)
+def test_exclusion(exclude):
+    net = nn.Sequential(nn.Conv1d(16, 16, 3), nn.Linear(16, 16))
+    planned = plan(net, 2, exclude=exclude)
+    assert planned.ranks == {"1": 2}
+    assert planned.rows[0].reason == "excluded"
+    assert planned.left == ()
+
+
+def test_a_pair_is_named_and_can_be_matched():
+    net = factorize(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), {"0": 4})
+    found = rows(net, {"0": 2, "1": 2})
+    assert found["0"].reason == "already a pair of rank 4"
+    assert found["0"].before == found["0"].after == 128
+    assert list(found) == ["0", "1"]
+
+
+def test_it_prints_as_a_table():
+    text = str(plan(Everything(), 4))
+    for word in ("conv1d", "left because", "2,304", "it is grouped (groups=16)"):
+        assert word in text
+
+
+BAD = {
+    "neither": ({}, ValueError, r"r=None, energy=None: give exactly one"),
+    "both": ({"r": 2, "energy": 0.5}, ValueError, "r=2, energy=0.5: give exactly one"),
+    "negative": ({"r": -1}, ValueError, "r=-1: expected a rank of at least 1"),
+    "zero": ({"r": 0}, ValueError, "r=0: expected"),
+    "bool": ({"r": True}, TypeError, "r=True: expected"),
+    "string": ({"r": "16"}, TypeError, "r='16': expected"),
+    "float rank": ({"r": 16.0}, ValueError, r"r=16\.0: expected .* did you mean 16\?"),
+    "one": ({"r": 1.0}, ValueError, r"r=1\.0: expected"),
+    "nan": ({"r": float("nan")}, ValueError, "r=nan: expected"),
+    "inf": ({"r": float("inf")}, ValueError, "r=inf: expected"),
+    "list": ({"r": [4]}, TypeError, r"r=\[4\]: expected"),
+    "empty": ({"r": {}}, ValueError, "r={}: expected globs"),
+    "in mapping": ({"r": {"*": 0}}, ValueError, r"r\['\*'\]=0: expected"),
+    "key": ({"r": {0: 4}}, TypeError, "expected globs over layer names, not 0"),
+    "percent": ({"energy": 90}, ValueError, r"energy=90: expected .* did you mean 0\.9\?"),
+    "all energy": ({"energy": 1.0}, ValueError, r"energy=1\.0: expected a share"),
+    "energy type": ({"energy": "0.9"}, TypeError, "energy='0.9': expected"),
+    "decomposition": ({"r": 2, "decomposition": "tai"}, ValueError, "decomposition='tai'"),
+    "exclude": ({"r": 2, "exclude": 3}, TypeError, "exclude=3: expected a glob"),
+    "glob": ({"r": {"nope.*": 2}}, ValueError, r"r: 'nope\.\*' matches no layer.*'0', '1'"),
+    "excluded glob": ({"r": 2, "exclude": "x"}, ValueError, "exclude: 'x' matches no layer"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_are_named_and_change_nothing(arguments, error, message):
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    layers = list(net.modules())
+    for function in (plan, factorize):
+        with pytest.raises(error, match=message):
+            function(net, **arguments)
+    assert list(net.modules()) == layers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_before_any_change(value):
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    net[1].weight.data[0, 0] = value
+    layers = list(net.modules())
+    for arguments in ({"r": 2}, {"energy": 0.5}):
+        with pytest.raises(ValueError, match="weight of layer '1' has infinite or NaN values"):
+            factorize(net, **arguments)
+    assert list(net.modules()) == layers
+
+
+def test_numbers_of_numpy_are_numbers():
+    net = nn.Linear(16, 16)
+    assert plan(net, np.int64(4)).ranks == plan(net, np.float32(0.25)).ranks == {"": 4}
