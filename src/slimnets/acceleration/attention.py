@@ -47,7 +47,7 @@ class SelfAttention(_Stand):
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__()
         self.heads, self.batch_first = original.num_heads, original.batch_first
-        self.in_proj = _linear(original.in_proj_weight, original.in_proj_bias)  # type: ignore[arg-type]
+        self.in_proj = _linear(original.in_proj_weight, original.in_proj_bias)
         self.out_proj = _linear(original.out_proj.weight, original.out_proj.bias)
         self.original = original
 
@@ -142,7 +142,7 @@ class Encoder(_Stand):
             return masked  # type: ignore[no-any-return]
         for layer in self.layers:
             src = layer(src)
-        return src if self.norm is None else self.norm(src)  # type: ignore[no-any-return]
+        return src if self.norm is None else self.norm(src)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from slimnets.acceleration import engine
+from slimnets.acceleration import codes
 from slimnets.acceleration.layout import Layout, block, block_size, tiling
 from slimnets.acceleration.steps import (
     Add,
@@ -81,14 +81,14 @@ class _Builder:
 
     def table(self) -> Table:
         for number, (value, _) in enumerate(self.inputs):
-            self._border(engine.IMPORT, number, value)
+            self._border(codes.IMPORT, number, value)
         for i, step in enumerate(self.steps):
             getattr(self, f"_{type(step).__name__.lower()}")(step)
             for source in set(step.sources) | {step.target}:
                 if self.last_use.get(source, -1) <= i:
                     self._release(source)
         for number, value in enumerate(self.outputs):
-            self._border(engine.EXPORT, len(self.inputs) + number, value)
+            self._border(codes.EXPORT, len(self.inputs) + number, value)
         ops = np.zeros((len(self.ops), FIELDS), np.int64)
         for i, op in enumerate(self.ops):
             ops[i, : len(op)] = op
@@ -141,7 +141,7 @@ class _Builder:
         return int(array.ctypes.data)
 
     def _border(self, code: int, number: int, value: int) -> None:
-        at = self._target(value) if code == engine.IMPORT else self.places[value]
+        at = self._target(value) if code == codes.IMPORT else self.places[value]
         layout, s = self._layout(value), self.shapes[value]
         place = [layout.plane, layout.row, layout.base]
         self._emit([code, number, at, s.channels, s.height, s.width, self.samples, *place])
@@ -175,7 +175,7 @@ class _Builder:
         blocked = block(weight, block_size(step, weight, tiles, self.samples))
         self.scratch = max(self.scratch, weight.outputs * tiles.rows * tiles.width)
         self.products += len(weight.values) * image.shape.height * image.shape.width * self.samples
-        op = [engine.CONV, at, target]
+        op = [codes.CONV, at, target]
         op += [self._array(weight.values[blocked.order], np.float32)]
         op += [self._array(offsets[blocked.order], np.int32)]
         op += [self._array(blocked.pointers, np.int32), self._array(blocked.rows, np.int32)]
@@ -197,7 +197,7 @@ class _Builder:
         layout, s = phases.layout, source.shape
         place = self._allocate(layout)
         for number, (y, x) in enumerate(phases.used):
-            op = [engine.PHASE, at, place + number * layout.plane, s.channels, self.samples]
+            op = [codes.PHASE, at, place + number * layout.plane, s.channels, self.samples]
             op += [s.height, s.width, source.row, source.base, source.plane]
             op += [layout.row, len(phases.used) * layout.plane, *phases.stride]
             op += [y - phases.padding[0], x - phases.padding[2]]
@@ -208,7 +208,7 @@ class _Builder:
         source, image = self._layout(step.sources[0]), self._layout(step.target)
         at, s, o = self.places[step.sources[0]], source.shape, image.shape
         kernel = step.window(s)
-        op = [engine.POOL, at, self._target(step.target), s.channels, self.samples]
+        op = [codes.POOL, at, self._target(step.target), s.channels, self.samples]
         op += [s.height, s.width, source.row, source.base, source.plane]
         op += [o.height, o.width, image.row, image.base, image.plane, *kernel, *step.stride]
         op += [*step.padding, *step.dilation, int(step.maximum)]
@@ -217,17 +217,17 @@ class _Builder:
     def _add(self, step: Add) -> None:
         a, b = (self.places[s] for s in step.sources)
         floats = self._layout(step.target).floats
-        self._emit([engine.ADD, a, self._target(step.target), b, floats], step)
+        self._emit([codes.ADD, a, self._target(step.target), b, floats], step)
 
     def _clamp(self, step: Clamp) -> None:
         at, floats = self.places[step.sources[0]], self._layout(step.target).floats
-        self._emit([engine.COPY, at, self._target(step.target), 0, floats], step)
+        self._emit([codes.COPY, at, self._target(step.target), 0, floats], step)
 
     def _concat(self, step: Concat) -> None:
         to = self._target(step.target)
         for source in step.sources:
             layout = self._layout(source)
-            self._emit([engine.COPY, self.places[source], to, 0, layout.floats], step)
+            self._emit([codes.COPY, self.places[source], to, 0, layout.floats], step)
             to += layout.floats
 
 

@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class _Layer:
     def zeros(self) -> float:
         """Share of the weights that are zero."""
         weight = self.layer.weight
-        return 1.0 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
+        return 1.0 - int(torch.count_nonzero(weight)) / max(1, int(weight.numel()))
 
     @property
     def outside(self) -> str:
@@ -93,7 +93,11 @@ def choose(
         whole = _variant(traced, layers, computable)
         _time_inside(whole, arguments, layers)
         add("sparse", whole, inside)
-        slow = {n for n in inside if layers[n].times.get(SPARSE, 0.0) > layers[n].times[layers[n].outside]}
+        slow = {
+            n
+            for n in inside
+            if layers[n].times.get(SPARSE, 0.0) > layers[n].times[layers[n].outside]
+        }
         if slow and slow != inside:
             mixed = _variant(traced, layers, computable - slow)
             add("mixed", mixed, inside - slow)
@@ -123,9 +127,7 @@ def _time_outside(one: _Layer) -> None:
     one.times = fastest(calls, FEW_SECONDS)
 
 
-def _variant(
-    traced: fx.GraphModule, layers: dict[str, _Layer], inside: set[str]
-) -> fx.GraphModule:
+def _variant(traced: fx.GraphModule, layers: dict[str, _Layer], inside: set[str]) -> fx.GraphModule:
     """A copy of ``traced`` with the nodes named ``inside`` in the engine."""
     graph = fx.GraphModule(traced, copy.deepcopy(traced.graph))
     for node in list(graph.graph.nodes):
@@ -149,9 +151,11 @@ def _channels_last(graph: fx.GraphModule) -> fx.GraphModule | None:
         return None
     for node in images:
         with graph.graph.inserting_after(node):
-            last = {"memory_format": torch.channels_last}
+            last: dict[str, Any] = {"memory_format": torch.channels_last}
             changed = graph.graph.call_method("contiguous", (node,), last)
-        node.replace_all_uses_with(changed, delete_user_cb=lambda user, new=changed: user is not new)
+        node.replace_all_uses_with(
+            changed, delete_user_cb=lambda user, new=changed: user is not new
+        )
     graph.recompile()
     return graph
 

@@ -20,7 +20,11 @@ class PackedConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, image: Tensor, relu: bool = False) -> None:
         super().__init__()
         self.padding = [int(p) for p in conv.padding]
-        self.stride, self.dilation, self.groups = list(conv.stride), list(conv.dilation), conv.groups
+        self.stride, self.dilation, self.groups = (
+            list(conv.stride),
+            list(conv.dilation),
+            conv.groups,
+        )
         self.activation = "relu" if relu else "none"
         self.bias = conv.bias
         self.weight = conv.weight
@@ -71,15 +75,12 @@ class CsrLayer(nn.Module):
         return y.relu_() if self.relu else y
 
     def _convolve(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
-        sizes = zip(
-            x.shape[2:],
-            layer.padding,
-            layer.dilation,
-            layer.kernel_size,
-            layer.stride,
-            strict=True,
+        h, w = (
+            (x.shape[2 + i] + 2 * int(layer.padding[i]) - layer.dilation[i] * (k - 1) - 1)
+            // layer.stride[i]
+            + 1
+            for i, k in enumerate(layer.kernel_size)
         )
-        h, w = ((n + 2 * int(p) - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes)
         places = (layer.dilation, layer.padding, layer.stride)
         columns = F.unfold(x, layer.kernel_size, *places)  # type: ignore[arg-type]
         batch, taps, pixels = columns.shape
@@ -146,5 +147,3 @@ def exchange(traced: fx.GraphModule, node: fx.Node, new: nn.Module, relu: fx.Nod
     if relu is not None:
         relu.replace_all_uses_with(node)
         traced.graph.erase_node(relu)
-
-

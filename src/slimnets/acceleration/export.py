@@ -38,10 +38,14 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"path={str(path)!r}: expected a name that ends in {' or '.join(SUFFIXES)}")
+        raise ValueError(
+            f"path={str(path)!r}: expected a name that ends in {' or '.join(SUFFIXES)}"
+        )
     missing = [n for n in ("onnx", "onnxscript") if path.suffix == ".onnx" and not find_spec(n)]
     if missing:
-        raise ImportError(f"{path.suffix} needs {' and '.join(missing)}: pip install slimnets[export]")
+        raise ImportError(
+            f"{path.suffix} needs {' and '.join(missing)}: pip install slimnets[export]"
+        )
     example = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
     with torch.no_grad():
         network = simplified(compressed_network(model), example)
@@ -71,7 +75,7 @@ def _at_least_two(value: Any) -> Any:
 
 
 def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
-    batch = torch.export.Dim.AUTO  # type: ignore[attr-defined]
+    batch = torch.export.Dim.AUTO
     free = tuple({0: batch} if isinstance(v, Tensor) and v.dim() > 1 else None for v in example)
     with warnings.catch_warnings():  # the exporters' own, about versions to come
         warnings.simplefilter("ignore")

@@ -60,7 +60,7 @@ def _faster(layer: nn.Module, x: Tensor) -> tuple[nn.Module | None, Any]:
     times = fastest(calls, FEW_SECONDS)
     best = min(times, key=times.__getitem__)
     rows = {name: found[0] for name, found in choice.rows.items() if found}
-    zeros = 1.0 - int(torch.count_nonzero(layer.weight)) / max(1, layer.weight.numel())  # type: ignore[arg-type, union-attr, operator]
+    zeros = 1.0 - int(torch.count_nonzero(layer.weight)) / max(1, layer.weight.numel())  # type: ignore[arg-type, operator]
     if best == EAGER or times[best] * LEAST_GAIN > times[EAGER]:
         best = EAGER
     what = rows[best].choice if best in rows else EAGER

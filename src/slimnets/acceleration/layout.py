@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slimnets.acceleration.codes import KINDS
 from slimnets.acceleration.steps import Conv, Ints, NonZeros, Shape
 
 L1_BYTES = 28 * 1024
@@ -11,9 +12,6 @@ L1_BYTES = 28 * 1024
 
 SHORTEST_ROW = 8
 """Non-zeros that a row should have in a block, else loading and storing its sums costs more."""
-
-# (rows, width) of the engine's register tiles, in its order
-KINDS = ((1, 1), (1, 4), (1, 8), (1, 16), (1, 32), (1, 64), (2, 32), (4, 16), (8, 8), (4, 4))
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Layout:
         for r in range(self.shape.height):
             start = self.base + r * self.row
             mask[start : start + self.shape.width * self.samples] = -1
-        return mask  # type: ignore[return-value]
+        return mask
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,7 @@ def _along(image: Layout, kind: int) -> Tiling | None:
         return None
     starts = np.minimum(np.arange(0, length, width), max(length - width, 0))
     whole = image.pitch == image.shape.width and length >= width
-    return Tiling(
-        kind, width, width, np.stack([starts, starts + image.base], 1), masked=not whole
-    )
+    return Tiling(kind, width, width, np.stack([starts, starts + image.base], 1), masked=not whole)
 
 
 def _across(image: Layout, kind: int, pitch: int) -> Tiling | None:
@@ -169,5 +165,3 @@ def block_size(conv: Conv, weight: NonZeros, tiles: Tiling, samples: int) -> int
     affordable = max(1, len(weight.values) // (weight.outputs * SHORTEST_ROW))
     blocks = min(-(-channels // fitting), affordable)
     return -(-channels // blocks)
-
-

@@ -85,7 +85,7 @@ def _of_module(node: fx.Node, m: nn.Module) -> Known | None:
         known_rank = len(source.meta["shape"]) == rank and form is not None and flat
         return ([source], _norm(m), form) if known_rank else None  # type: ignore[return-value]
     if kind is nn.Flatten:
-        return _flatten(source, form) if (m.start_dim, m.end_dim) == (1, -1) else None
+        return _flatten(source, form) if [m.start_dim, m.end_dim] == [1, -1] else None
     if form != "image":
         return None
     return _of_pooling(m, source)
@@ -135,9 +135,9 @@ def _of_pooling(m: nn.Module, source: fx.Node) -> Known | None:
     if type(m) is nn.MaxPool2d and not m.return_indices:
         window = (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode)
         return [source], _pool(True, *window), "image"
-    if type(m) is nn.AvgPool2d and not m.ceil_mode and m.divisor_override is None:
-        if m.count_include_pad or _pair(m.padding) == (0, 0):
-            return [source], _pool(False, m.kernel_size, m.stride, m.padding), "image"
+    plain = type(m) is nn.AvgPool2d and not m.ceil_mode and m.divisor_override is None
+    if plain and (m.count_include_pad or _pair(m.padding) == (0, 0)):
+        return [source], _pool(False, m.kernel_size, m.stride, m.padding), "image"
     if type(m) is nn.AdaptiveAvgPool2d and _pair(m.output_size) == (1, 1):
         return [source], _pool(False), "image"
     return None
@@ -166,7 +166,7 @@ def _of_call(node: fx.Node) -> Known | None:
     if target is F.max_pool2d and form_of(node.args[0]) == "image":  # type: ignore[arg-type]
         return [node.args[0]], _max_pool(*node.args[1:], **node.kwargs), "image"  # type: ignore[list-item, arg-type]
     if target is F.adaptive_avg_pool2d and form_of(node.args[0]) == "image":  # type: ignore[arg-type]
-        source, size = node.args  # type: ignore[assignment]
+        source, size = node.args
         return ([source], _pool(False), "image") if _pair(size) == (1, 1) else None  # type: ignore[list-item]
     return None
 
@@ -199,7 +199,7 @@ def _concat(node: fx.Node) -> Known | None:
         return None
     if any(not isinstance(s, fx.Node) or form_of(s) != "image" for s in sources):
         return None
-    return list(sources), lambda values, target: Concat(values, target), "image"  # type: ignore[arg-type]
+    return list(sources), lambda values, target: Concat(values, target), "image"
 
 
 def _flatten(source: Any, form: Form | None) -> Known | None:

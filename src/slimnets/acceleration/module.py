@@ -45,7 +45,7 @@ class Accelerated(nn.Module):
         self.state = _placement(original)
         self.eval()
 
-    @torch.compiler.disable  # type: ignore[misc]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network computes, in eval mode and without gradients."""
         with torch.no_grad():
@@ -106,8 +106,8 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
 
 
 def copy_for_inference(model: nn.Module) -> nn.Module:
-    trainer = getattr(model, "_trainer", None)
     """A copy in eval mode whose parameters need no gradient."""
+    trainer = getattr(model, "_trainer", None)
     memo = {} if trainer is None else {id(trainer): None}  # not the Trainer of a LightningModule
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
 

@@ -79,8 +79,8 @@ def region(part: fx.GraphModule) -> Region:
         step.name = str(node.target) if node.op == "call_module" else node.name
         steps.append(step)
         node.meta["form"] = form
-    result = part.graph.output_node().args[0]
-    returned = list(result) if isinstance(result, tuple | list) else [result]
+    last: Any = part.graph.output_node().args[0]
+    returned = list(last) if isinstance(last, tuple | list) else [last]
     outputs = [Port(values[n], n.meta["form"] == "features") for n in returned]
     steps, renamed = fuse(steps, {port.value for port in outputs})
     outputs = [Port(renamed.get(port.value, port.value), port.features) for port in outputs]
@@ -124,9 +124,7 @@ def _is_unlimited(step: Step) -> bool:
     return takes and step.low == -INFINITY and step.high == INFINITY
 
 
-def _into_product(
-    step: Add, made: dict[int, Any], uses: dict[int, int], fused: list[Step]
-) -> Step:
+def _into_product(step: Add, made: dict[int, Any], uses: dict[int, int], fused: list[Step]) -> Step:
     """The convolution or linear layer that can start from the other summand, or ``step``."""
     for mine, other in (step.sources, step.sources[::-1]):
         maker = made.get(mine)

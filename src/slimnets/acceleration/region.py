@@ -164,7 +164,12 @@ class Region(nn.Module):
         return seconds
 
     def _compute(
-        self, plan: _Plan, batch: int, tensors: Sequence[Tensor], results: Sequence[Tensor], run: Run
+        self,
+        plan: _Plan,
+        batch: int,
+        tensors: Sequence[Tensor],
+        results: Sequence[Tensor],
+        run: Run,
     ) -> None:
         addresses = np.array([t.data_ptr() for t in (*tensors, *results)], np.int64)
         sizes = [s.size for s in (*plan.inputs, *plan.table(1).outputs)]
@@ -178,7 +183,11 @@ class Region(nn.Module):
     def _plan(self, tensors: Sequence[Any]) -> tuple[_Plan | None, int]:
         shapes, batches = [], set()
         for tensor, port in zip(tensors, self.inputs, strict=True):
-            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            if (
+                not isinstance(tensor, Tensor)
+                or tensor.dtype != torch.float32
+                or tensor.device.type != "cpu"
+            ):
                 return None, 0
             if tensor.dim() < 2 or (not port.features and tensor.dim() != 4):
                 return None, 0

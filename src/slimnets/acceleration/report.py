@@ -65,7 +65,9 @@ class Report:
 
     def __rich__(self) -> Table:
         plural = "s" if self.threads > 1 else ""
-        table = Table(title=f"Accelerated, {self.threads} thread{plural}", caption=self.note or None)
+        table = Table(
+            title=f"Accelerated, {self.threads} thread{plural}", caption=self.note or None
+        )
         for name in ("layer", "type"):
             table.add_column(name, footer="all" if name == "layer" else "")
         table.add_column("zeros", justify="right")

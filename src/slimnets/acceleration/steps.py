@@ -80,6 +80,7 @@ class Conv(Step):
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right
 
     def shape(self, *inputs: Shape) -> Shape:
+        """The shape of the target."""
         top, bottom, left, right = self.padding
         image = inputs[0]
         if image.channels != self.weight.inputs:
@@ -102,6 +103,7 @@ class Linear(Step):
     nonzeros: dict[Shape, NonZeros] = field(default_factory=dict, repr=False)
 
     def shape(self, *inputs: Shape) -> Shape:
+        """The shape of the target."""
         if inputs[0].size != self.weight.shape[1]:
             raise ValueError("features do not fit the layer")
         return _with_residual(Shape(len(self.weight), 1, 1), inputs)
@@ -130,6 +132,7 @@ class Pool(Step):
         return self.kernel or (image.height, image.width)
 
     def shape(self, *inputs: Shape) -> Shape:
+        """The shape of the target."""
         image, sizes = inputs[0], []
         if self.kernel is None:
             return Shape(image.channels, 1, 1)
@@ -149,6 +152,7 @@ class Add(Step):
     """Sum of two values of one shape."""
 
     def shape(self, *inputs: Shape) -> Shape:
+        """The shape of the target."""
         if inputs[0] != inputs[1]:
             raise ValueError("a sum that broadcasts")
         return inputs[0]
@@ -159,6 +163,7 @@ class Clamp(Step):
     """Values cut to ``low..high``; the identity without limits."""
 
     def shape(self, *inputs: Shape) -> Shape:
+        """The shape of the target."""
         return inputs[0]
 
 
@@ -167,6 +172,7 @@ class Concat(Step):
     """Channels of all sources one after the other."""
 
     def shape(self, *inputs: Shape) -> Shape:
+        """The shape of the target."""
         if len({(s.height, s.width) for s in inputs}) > 1:
             raise ValueError("images of several sizes")
         return Shape(sum(s.channels for s in inputs), inputs[0].height, inputs[0].width)

@@ -22,7 +22,7 @@ FIRST, LAST = 1, 2
 
 
 def tile_kernel(rows: int, width: int, unroll: int) -> Any:
-    """A function for Numba code that computes ``rows`` × ``width`` outputs of one channel.
+    """A function for Numba code that computes ``rows`` by ``width`` outputs of one channel.
 
     It adds ``vals[i] * x[offs[i] + r * xs :][:width]`` for ``i`` in ``start..end``. Addresses are
     bytes as integers, offsets and strides count floats; ``unroll`` independent sums hide the

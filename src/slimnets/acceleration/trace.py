@@ -26,7 +26,7 @@ class _Tracer(fx.Tracer):
                 if node not in known:
                     self.graph.erase_node(node)
             self.tensor_attrs.clear()
-            self.parameter_proxy_cache.clear()
+            self.parameter_proxy_cache.clear()  # type: ignore[attr-defined]
             name = self.path_of_module(m)
             return self.create_proxy("call_module", name, args, kwargs)
 
@@ -118,9 +118,8 @@ def _order_in_place(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         if _works_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
             changed = node.args[0]
-            changed.replace_all_uses_with(
-                node, delete_user_cb=lambda user, at=place[node]: place[user] > at
-            )
+            later = {user for user in changed.users if place[user] > place[node]}
+            changed.replace_all_uses_with(node, delete_user_cb=later.__contains__)
     traced.recompile()
 
 
@@ -171,12 +170,12 @@ def fold_batch_norm(traced: fx.GraphModule) -> None:
         if not isinstance(source, fx.Node) or len(source.users) > 1:
             continue
         layer = module_of(source)
-        if uses.get(source.target, 0) != 1 or not is_plain(layer):
+        if uses.get(str(source.target), 0) != 1 or not is_plain(layer):
             continue
-        fold = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         if isinstance(layer, nn.Linear) and len(source.meta["shape"]) != 2:
             continue  # the channels of the norm are the second dimension, not the last
-        folded = fold(layer, norm)  # type: ignore[operator]
+        fold: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        folded: nn.Module = fold(layer, norm)
         traced.set_submodule(str(source.target), folded.requires_grad_(False))
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
@@ -214,4 +213,3 @@ class Recorder(fx.Interpreter):
             n.meta["shape"] = tuple(result.shape)
             n.meta["dtype"] = result.dtype
         return result
-

@@ -1,0 +1,6 @@
+"""What the steps in a table of the engine are called, and the register tiles there are."""
+
+IMPORT, EXPORT, CONV, POOL, ADD, PHASE, COPY = range(7)
+
+KINDS = ((1, 1), (1, 4), (1, 8), (1, 16), (1, 32), (1, 64), (2, 32), (4, 16), (8, 8), (4, 4))
+"""The register tiles, as (rows, width): width floats in each of some rows."""

@@ -1,0 +1,145 @@
+"""What is not a convolution: borders of the arena, pooling, phases, sums."""
+
+# mypy: ignore-errors
+# Numba gives these functions their types
+
+import numpy as np
+from numba import njit
+
+from slimnets.acceleration.codes import ADD, IMPORT
+from slimnets.acceleration.memory import load, store
+
+
+@njit(nogil=True)
+def _transpose(src, dst, first, last, src_step, count, dst_step):
+    """``dst[j * dst_step + s] = src[s * src_step + j]`` for j in first..last, s in 0..count."""
+    for j0 in range(first, last, 16):
+        j1 = min(j0 + 16, last)
+        for s in range(count):
+            for j in range(j0, j1):
+                store(dst, j * dst_step + s, load(src, s * src_step + j))
+
+
+@njit(nogil=True)
+def _untranspose(src, dst, first, last, src_step, count, dst_step):
+    """``dst[s * dst_step + j] = src[j * src_step + s]`` for j in first..last, s in 0..count."""
+    for j0 in range(first, last, 16):
+        j1 = min(j0 + 16, last)
+        for s in range(count):
+            for j in range(j0, j1):
+                store(dst, s * dst_step + j, load(src, j * src_step + s))
+
+
+@njit(nogil=True)
+def border(op, arena, io, thread, threads):
+    """Copies a tensor (sample, channel, row, column) into the arena, or out of it."""
+    channels, height, width, samples = op[3], op[4], op[5], op[6]
+    plane, row, base = op[7], op[8], op[9]
+    whole = channels * height * width
+    outside, inside = io[op[1]], arena + 4 * (op[2] + base)
+    if height * width == 1:
+        first, last = channels * thread // threads, channels * (thread + 1) // threads
+        if op[0] == IMPORT:
+            _transpose(outside, inside, first, last, whole, samples, plane)
+        else:
+            _untranspose(inside, outside, first, last, plane, samples, whole)
+        return
+    for at in range(thread, channels * height, threads):
+        out = outside + 4 * at * width
+        within = inside + 4 * (at // height * plane + at % height * row)
+        if op[0] == IMPORT:
+            _transpose(out, within, 0, width, whole, samples, samples)
+        else:
+            _untranspose(within, out, 0, width, samples, samples, whole)
+
+
+@njit(nogil=True)
+def _combine(op, src, dst, at, step, low, high):
+    """Takes one tap of a pooling window into the outputs ``low..high`` of one row."""
+    samples = op[4]
+    if samples == 1:
+        if op[23] == 1:
+            for o in range(low, high):
+                value, best = load(src, o * step + at), load(dst, o)
+                store(dst, o, value if value > best or value != value else best)
+        else:
+            for o in range(low, high):
+                store(dst, o, load(dst, o) + load(src, o * step + at))
+        return
+    for o in range(low, high):
+        for s in range(samples):
+            value = load(src, (o * step + at) * samples + s)
+            best = load(dst, o * samples + s)
+            if op[23] == 1:
+                best = value if value > best or value != value else best
+            else:
+                best += value
+            store(dst, o * samples + s, best)
+
+
+@njit(nogil=True)
+def pool(op, scale, lo, hi, arena, thread, threads):
+    """Maximum or scaled sum of windows; what lies outside the image is not looked at."""
+    channels, n, height, width = op[3], op[4], op[5], op[6]
+    in_row, in_plane, out_h, out_w = op[7], op[9], op[10], op[11]
+    out_row, out_plane = op[12], op[14]
+    sh, sw = op[17], op[18]
+    for at in range(thread, channels * out_h, threads):
+        c, o = at // out_h, at % out_h
+        src = arena + 4 * (op[1] + op[8] + c * in_plane)
+        dst = arena + 4 * (op[2] + op[13] + c * out_plane + o * out_row)
+        start = np.float32(-np.inf) if op[23] == 1 else np.float32(0)
+        for i in range(out_w * n):
+            store(dst, i, start)
+        for ky in range(op[15]):
+            h = o * sh - op[19] + ky * op[21]
+            if h < 0 or h >= height:
+                continue
+            for kx in range(op[16]):
+                shift = kx * op[22] - op[20]
+                low = 0 if shift >= 0 else (-shift + sw - 1) // sw
+                high = min(out_w, (width - 1 - shift) // sw + 1)
+                _combine(op, src + 4 * h * in_row, dst, shift, sw, low, high)
+        for i in range(out_w * n):
+            value = load(dst, i) * scale
+            value = lo if value < lo else value
+            store(dst, i, hi if value > hi else value)
+
+
+@njit(nogil=True)
+def phase(op, arena, thread, threads):
+    """Gathers every sh-th row and sw-th column, so that a strided convolution has stride one."""
+    channels, n, height, width = op[3], op[4], op[5], op[6]
+    in_row, base, in_plane, out_row, out_plane = op[7], op[8], op[9], op[10], op[11]
+    sh, sw, top, left, rows, columns = op[12], op[13], op[14], op[15], op[16], op[17]
+    first = 0 if left >= 0 else (-left + sw - 1) // sw
+    last = min(columns, (width - 1 - left) // sw + 1)
+    for at in range(thread, channels * rows, threads):
+        c, i = at // rows, at % rows
+        h = i * sh + top
+        if h < 0 or h >= height:
+            continue
+        src = arena + 4 * (op[1] + base + c * in_plane + h * in_row)
+        dst = arena + 4 * (op[2] + c * out_plane + i * out_row)
+        if n == 1:
+            for j in range(first, last):
+                store(dst, j, load(src, j * sw + left))
+        else:
+            for j in range(first, last):
+                for s in range(n):
+                    store(dst, j * n + s, load(src, (j * sw + left) * n + s))
+
+
+@njit(nogil=True)
+def elementwise(op, lo, hi, arena, thread, threads):
+    """A sum or a copy, clamped; margins stay zero, as zero is within every clamp."""
+    count = op[4]
+    first, last = count * thread // threads, count * (thread + 1) // threads
+    a, b, y = arena + 4 * op[1], arena + 4 * op[3], arena + 4 * op[2]
+    add = op[0] == ADD
+    for i in range(first, last):
+        value = load(a, i)
+        if add:
+            value += load(b, i)
+        value = lo if value < lo else value
+        store(y, i, hi if value > hi else value)
