@@ -38,8 +38,6 @@ def make_module(kind: str) -> DistillationModule:
     if kind == "nn.Module":
         optimizer = partial(torch.optim.SGD, lr=0.1)
         return DistillationModule(network, teacher, alpha=0.5, optimizer=optimizer)
-    if kind == "automatic":
-        return DistillationModule(Classifier(network, lr=0.1), teacher, alpha=0.5)
     return DistillationModule(Manual(network, lr=0.1), teacher, alpha=0.5, logits="network")
 
 
@@ -68,7 +66,7 @@ def train_one_rank(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nn.Module", "automatic", "manual"])
+@pytest.mark.parametrize("kind", ["nn.Module", "manual"])
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path, make_trainer, kind) -> None:
     call = f"from {__name__} import *; train_one_rank(Path({str(tmp_path)!r}), {kind!r})"
     script = tmp_path / "script.py"
