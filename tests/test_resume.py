@@ -111,3 +111,17 @@ def test_a_checkpoint_cut_off_is_passed_over(make_trainer, tmp_path):
         found = last_checkpoint(tmp_path)
         assert found is not None
         assert found.name == "epoch=3.ckpt"
+
+
+def test_zeros_pruned_before_the_checkpoint_stay(make_trainer, tmp_path):
+    """Lightning's ModelPruning loses them: 91.2 % zeros become 0.07 %."""
+    prune = GradualPrune(0.9, begin=0, end=0, every=1)
+    trainer = make_trainer(max_epochs=1, callbacks=[prune])
+    trainer.fit(Noisy(), small_data(), small_data(8))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    module = Noisy()
+    trainer = make_trainer(max_epochs=3, callbacks=[GradualPrune(0.9, begin=0, end=0, every=1)])
+    trainer.fit(module, small_data(), small_data(8), ckpt_path=tmp_path / "x.ckpt")
+    zeros = module.network[7].weight == 0
+    assert int(zeros.sum()) == round(0.9 * 8192)
+    assert torch.equal(zeros, ~prune.masks["network.7.weight"])
