@@ -17,11 +17,20 @@ from slimnets.layers import compressed_network
 
 
 def refuse_sharding(trainer: L.Trainer, callback: L.Callback) -> None:
-    """Raise where a strategy shards the weights, so that no rank sees a whole layer.
+    """Raise where ``callback`` could not work, before it does anything.
 
     Raises:
-        NotImplementedError: Under FSDP, FSDP2 (``ModelParallelStrategy``) and DeepSpeed.
+        TypeError: On a Trainer of the package ``pytorch_lightning``, whose hooks, strategies and
+            callbacks are other classes.
+        NotImplementedError: Under FSDP, FSDP2 (``ModelParallelStrategy``) and DeepSpeed, which
+            shard the weights, so that no process sees a whole layer.
     """
+    if not isinstance(trainer, L.Trainer):
+        raise TypeError(
+            f"{type(callback).__name__} is for the package lightning: import Trainer and "
+            "LightningModule from lightning.pytorch, not from "
+            f"{type(trainer).__module__.partition('.')[0]}"
+        )
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise NotImplementedError(
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which "

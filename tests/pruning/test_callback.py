@@ -5,6 +5,7 @@ import io
 
 import lightning as L
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -461,9 +463,37 @@ def test_a_glob_that_matches_nothing_fails_before_anything_changes(make_trainer)
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
 
 
-def test_strategies_that_shard_are_refused(make_trainer, monkeypatch):
-    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_shard_are_refused(make_trainer, strategy):
+    trainer = make_trainer()
+    trainer._accelerator_connector.strategy = strategy()
+    with pytest.raises(NotImplementedError, match=f"does not support {strategy.__name__}"):
+        GradualPrune(0.5).setup(trainer, Classifier(), "fit")
 
-    for strategy in (FSDPStrategy, ModelParallelStrategy):
-        with pytest.raises(NotImplementedError, match=f"does not support {strategy.__name__}"):
-            GradualPrune(0.5).setup(type("T", (), {"strategy": strategy()})(), None, "fit")
+
+def test_the_other_package_of_lightning_gets_one_clear_sentence(tmp_path):
+    class Module(pytorch_lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = pytorch_lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[GradualPrune(0.9)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(
+        TypeError, match=r"import Trainer and LightningModule from lightning.pytorch"
+    ):
+        trainer.fit(Module(), DataLoader(torch.randn(8, 4)))
