@@ -1,7 +1,7 @@
 """Take the README at its word: print one of its commands, or run its Python blocks.
 
-python .ci/readme.py command tests   prints the bash block under the line that ends in "passes the tests:"
-python .ci/readme.py blocks          runs every python block, in order, in one namespace, in a new folder
+python .ci/readme.py command tests   prints the bash block whose introduction mentions "tests"
+python .ci/readme.py blocks          runs the python blocks in order, in one namespace
 """
 
 import os

@@ -17,7 +17,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "gate": set(),
     "pruning": {"layers", "trainer", "inspection"},
     "lowrank": {"layers", "trainer", "inspection"},
-    "distillation": {"layers", "lowrank.modules"},
+    "distillation": {"layers", "trainer", "lowrank.modules"},
     "artifact": {"layers", "lowrank.modules"},
     "inspection": {"layers", "trainer", "lowrank.modules", "artifact"},
     "acceleration": {"layers", "lowrank.modules", "lowrank.factorize"},
