@@ -104,7 +104,7 @@ class LowRank(L.Callback):
         ranks = {_path(pl_module, name): rank for name, rank in self._ranks.items()}
         put_pairs(pl_module, ranks, self._decomposition)
         copy_averages_anew(trainer, pl_module)
-        _tell(todo, network)
+        _tell(todo, compressed_network(pl_module))  # a root that is a layer is another one now
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

@@ -1,0 +1,230 @@
+"""LowRank and checkpoints: resume, fresh modules, averages."""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch import nn
+
+from slimnets import ExactResume
+from slimnets.lowrank import LowRank, LowRankPair, factorize
+from slimnets.trainer import averaged_networks
+from tests.support import Classifier, small_data, small_network
+
+# checkpoints lie where the test wants them
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:Swapping scheduler"),
+]
+
+
+class SaveAt(Callback):
+    """Saves after a number of optimizer steps."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def pairs(module):
+    return {n: m.rank for n, m in module.named_modules() if isinstance(m, LowRankPair)}
+
+
+def assert_equal(module, other):
+    found, expected = module.state_dict(), other.state_dict()
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def classifier(seed=0, optimizer=torch.optim.Adam, **arguments):
+    torch.manual_seed(seed)
+    return Classifier(small_network(dropout=0.3), optimizer, **(arguments or {"lr": 0.01}))
+
+
+def run(make_trainer, module, callbacks, epochs=4, ckpt_path=None, **arguments):
+    trainer = make_trainer(max_epochs=epochs, callbacks=[*callbacks, ExactResume()], **arguments)
+    trainer.fit(module, small_data(shuffle=True), small_data(8), ckpt_path=ckpt_path)
+    return trainer
+
+
+ARGUMENTS = {
+    "energy": {"energy": 0.8},
+    "rank": {"r": 3},
+    "fraction": {"r": {"network.[03]": 0.5}, "decomposition": "channel"},
+}
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(
+    make_trainer, tmp_path, arguments
+):
+    whole = classifier()
+    callbacks = [LowRank(**arguments), SaveAt(tmp_path / "x.ckpt", 12)]
+    run(make_trainer, whole, callbacks)
+    resumed = classifier(seed=1)  # other weights: energy= alone would give other ranks
+    run(make_trainer, resumed, [LowRank(**arguments)], ckpt_path=tmp_path / "x.ckpt")
+    assert pairs(resumed)
+    assert_equal(resumed, whole)
+
+
+def test_with_energy_the_ranks_are_those_of_the_checkpoint(make_trainer, tmp_path):
+    module, other = classifier(), classifier(seed=5)
+    trainer = run(make_trainer, module, [LowRank(energy=0.8)], epochs=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert pairs(factorize(other, energy=0.8)) != pairs(module)  # or the test shows nothing
+    run(make_trainer, classifier(seed=5), [LowRank(energy=0.8)], 2, tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("callbacks", [[LowRank(energy=0.8)], [LowRank(r=1)]])
+def test_a_fresh_dense_module_is_tested_and_predicted_with(make_trainer, tmp_path, callbacks):
+    module = classifier()
+    trainer = run(make_trainer, module, [LowRank(energy=0.8)], epochs=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    expected = trainer.predict(module, small_data(8))
+    metrics = trainer.test(module, small_data(8), verbose=False)
+    for stage in ("predict", "test", "validate"):
+        fresh = classifier(seed=1)
+        other = make_trainer(callbacks=callbacks)
+        extra = {} if stage == "predict" else {"verbose": False}
+        found = getattr(other, stage)(fresh, small_data(8), ckpt_path=tmp_path / "x.ckpt", **extra)
+        assert_equal(fresh, module)
+        if stage == "test":
+            assert found == metrics
+        if stage == "predict":
+            assert torch.equal(found[0], expected[0])
+
+
+def test_a_dense_checkpoint_is_evaluated_by_a_compressed_module(make_trainer, tmp_path):
+    dense = classifier()
+    trainer = run(make_trainer, dense, [], epochs=1)
+    trainer.save_checkpoint(tmp_path / "dense.ckpt")
+    module = classifier()
+    run(make_trainer, module, [LowRank(2)], epochs=1)
+    make_trainer(callbacks=[LowRank(2)]).test(
+        module, small_data(8), ckpt_path=tmp_path / "dense.ckpt", verbose=False
+    )
+    assert_equal(module, dense)
+
+
+def test_a_run_cannot_be_resumed_from_a_dense_checkpoint(make_trainer, tmp_path):
+    run(make_trainer, classifier(), [], epochs=1).save_checkpoint(tmp_path / "dense.ckpt")
+    module = classifier()
+    layers = list(module.modules())
+    with pytest.raises(ValueError, match=r"cannot resume from .*dense\.ckpt.*fit without ckpt_pa"):
+        run(make_trainer, module, [LowRank(2)], 2, tmp_path / "dense.ckpt")
+    assert list(module.modules()) == layers
+
+
+def test_resuming_with_other_arguments_warns_and_keeps_the_structure(make_trainer, tmp_path):
+    module = classifier()
+    run(make_trainer, module, [LowRank(2)], epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    ranks = pairs(module)
+    for other in (LowRank(4), LowRank(energy=0.5), LowRank(2, decomposition="channel")):
+        again = classifier(seed=1)
+        with pytest.warns(UserWarning, match=r"made with LowRank\(r=2, .* is not applied"):
+            run(make_trainer, again, [other], 2, tmp_path / "x.ckpt")
+        assert pairs(again) == ranks
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_layers_as_they_were(make_trainer, tmp_path):
+    run(make_trainer, classifier(), [LowRank(2)], epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    module = Classifier(nn.Sequential(OrderedDict(flat=nn.Flatten(), head=nn.Linear(192, 4))))
+    layers = list(module.modules())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        run(make_trainer, module, [LowRank(2)], 2, tmp_path / "x.ckpt")
+    assert list(module.modules()) == layers
+    wider = Classifier(small_network())
+    wider.network[7], wider.network[9] = nn.Linear(256, 40), nn.Linear(40, 4)
+    before = copy.deepcopy(wider.network[7].weight)
+    with pytest.raises(ValueError, match=r"network\.7\.first\.weight: \(2, 256\) and then"):
+        run(make_trainer, wider, [LowRank(2)], 2, tmp_path / "x.ckpt")
+    assert not pairs(wider)
+    assert torch.equal(wider.network[7].weight, before)
+
+
+class Look(Callback):
+    """The structure of the averages, while it trains."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.found = [pairs(network) for network in averaged_networks(trainer)]
+        self.average = copy.deepcopy(next(averaged_networks(trainer)).state_dict())
+
+
+AVERAGES = {
+    "ema": lambda: EMAWeightAveraging(decay=0.8),
+    "mean": WeightAveraging,
+    "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1),
+}
+
+
+def without_norm():
+    torch.manual_seed(0)
+    return Classifier(small_network(norm=False), torch.optim.Adam, lr=0.01)
+
+
+@pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
+def test_averages_have_the_same_structure_in_both_orders(make_trainer, average):
+    results = []
+    for order in (1, -1):
+        module, look = without_norm(), Look()
+        callbacks = [LowRank(energy=0.8), average()][::order]
+        run(make_trainer, module, [*callbacks, look])
+        assert look.found == [pairs(module)]
+        assert pairs(module)
+        results.append(module)
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
+def test_a_run_with_averages_is_resumed(make_trainer, tmp_path, average, order):
+    def callbacks():
+        return [LowRank(energy=0.8), average()][::order]
+
+    whole, look = without_norm(), Look()
+    run(make_trainer, whole, [*callbacks(), SaveAt(tmp_path / "x.ckpt", 18), look])
+    resumed, again = without_norm(), Look()
+    with torch.no_grad():
+        for parameter in resumed.parameters():  # other weights, other ranks before the restore
+            parameter.add_(torch.randn_like(parameter))
+    run(make_trainer, resumed, [*callbacks(), again], ckpt_path=tmp_path / "x.ckpt")
+    assert again.found == look.found == [pairs(resumed)]
+    for name, value in look.average.items():
+        assert torch.equal(again.average[name], value), name
+    assert_equal(resumed, whole)
+
+
+def test_averages_begun_on_resume_have_the_structure_of_the_checkpoint(make_trainer, tmp_path):
+    module = without_norm()
+    run(make_trainer, module, [LowRank(energy=0.8)], 1).save_checkpoint(tmp_path / "x.ckpt")
+    for name in ("ema", "swa"):
+        resumed, look = without_norm(), Look()
+        callbacks = [AVERAGES[name](), LowRank(r=1), look]
+        match = "not created with WeightAveraging|made with LowRank"
+        with pytest.warns(UserWarning, match=match):
+            run(make_trainer, resumed, callbacks, ckpt_path=tmp_path / "x.ckpt")
+        assert look.found == [pairs(resumed)] == [pairs(module)]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_averaged_checkpoint_is_loaded_into_a_fresh_module(make_trainer, tmp_path, order):
+    module = without_norm()
+    callbacks = [LowRank(energy=0.8), EMAWeightAveraging(decay=0.8)][::order]
+    trainer = run(make_trainer, module, callbacks)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    fresh = without_norm()
+    make_trainer(callbacks=[LowRank(r=1)]).test(
+        fresh, small_data(8), ckpt_path=tmp_path / "x.ckpt", verbose=False
+    )
+    assert_equal(fresh, module)
