@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from slimnets.lowrank.factorize import factorize
 from torch import nn
 
 from slimnets.artifact.codec import stored_bytes
 from slimnets.inspection.macs import Macs
 from slimnets.inspection.rows import Row, count_rows, total
+from slimnets.lowrank.factorize import factorize
 
 
 def rows(network: nn.Module) -> dict[str, Row]:
