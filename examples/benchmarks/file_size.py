@@ -138,7 +138,7 @@ def check_sizes(results: list[dict[str, Any]]) -> None:
 def table(results: Mapping[float, list[dict[str, Any]]], title: str, caption: str) -> Table:
     """One section per sparsity, one row per form."""
     shown = Table(title=title, caption=caption, box=SIMPLE_HEAD)
-    shown.add_column("zeros", justify="right")
+    shown.add_column("zeros", justify="right", no_wrap=True)
     shown.add_column("form", no_wrap=True)
     for heading in ("bytes", "of the limit", "time to save", "spread", "to load", "spread"):
         shown.add_column(heading, justify="right", no_wrap=True)
