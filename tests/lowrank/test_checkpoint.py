@@ -118,12 +118,37 @@ def test_a_dense_checkpoint_is_evaluated_by_a_compressed_module(make_trainer, tm
 
 
 def test_a_run_cannot_be_resumed_from_a_dense_checkpoint(make_trainer, tmp_path):
-    run(make_trainer, classifier(), [], epochs=1).save_checkpoint(tmp_path / "dense.ckpt")
-    module = classifier()
-    layers = list(module.modules())
+    dense, module = classifier(), classifier(seed=1)
+    run(make_trainer, dense, [], epochs=1).save_checkpoint(tmp_path / "dense.ckpt")
     with pytest.raises(ValueError, match=r"cannot resume from .*dense\.ckpt.*fit without ckpt_pa"):
         run(make_trainer, module, [LowRank(2)], 2, tmp_path / "dense.ckpt")
-    assert list(module.modules()) == layers
+    assert_equal(module, dense)
+    run(make_trainer, module, [LowRank(2)], 2)  # what the message advises
+    assert len(pairs(module)) == 4
+
+
+def test_a_callback_added_on_resume_warns_or_refuses(make_trainer, tmp_path):
+    module = classifier()
+    some = LowRank({"network.[03]": 2})
+    run(make_trainer, module, [some], epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    more = classifier()
+    with pytest.warns(UserWarning, match=r"made with other callbacks .* LowRank\(r=2,"):
+        run(make_trainer, more, [LowRank(2)], 2, tmp_path / "x.ckpt")
+    assert pairs(more) == pairs(module)
+    with pytest.raises(ValueError, match="cannot resume"):
+        run(make_trainer, classifier(), [some, LowRank({"*[79]": 2})], 2, tmp_path / "x.ckpt")
+
+
+def test_an_error_after_the_restore_leaves_the_network_of_the_checkpoint(make_trainer, tmp_path):
+    class Fails(Callback):
+        def on_train_start(self, trainer, pl_module):
+            raise RuntimeError("broken elsewhere")
+
+    module, again = classifier(), classifier(seed=1)
+    run(make_trainer, module, [LowRank(2)], epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(RuntimeError, match="broken elsewhere"):
+        run(make_trainer, again, [LowRank(2), Fails()], 2, tmp_path / "x.ckpt")
+    assert_equal(again, module)
 
 
 def test_resuming_with_other_arguments_warns_and_keeps_the_structure(make_trainer, tmp_path):
@@ -144,6 +169,14 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_layers_as_they_were(make_trai
     with pytest.raises(RuntimeError, match="Missing key"):
         run(make_trainer, module, [LowRank(2)], 2, tmp_path / "x.ckpt")
     assert list(module.modules()) == layers
+    deeper = classifier()
+    deeper.network.append(nn.Linear(4, 4))
+    layers = list(deeper.modules())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        make_trainer(callbacks=[LowRank(2)]).test(
+            deeper, small_data(8), ckpt_path=tmp_path / "x.ckpt"
+        )
+    assert list(deeper.modules()) == layers
     wider = Classifier(small_network())
     wider.network[7], wider.network[9] = nn.Linear(256, 40), nn.Linear(40, 4)
     before = copy.deepcopy(wider.network[7].weight)

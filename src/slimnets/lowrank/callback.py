@@ -79,12 +79,14 @@ class LowRank(L.Callback):
         refuse_sharding(trainer, self)
         self._release()
         self._hook = pl_module.register_load_state_dict_pre_hook(follow_state_dict)
-        if stage != TrainerFn.FITTING:
-            return
-        if is_overridden("configure_model", pl_module):
+        is_fitting = stage == TrainerFn.FITTING
+        if is_fitting and is_overridden("configure_model", pl_module):
             pl_module.configure_model()
         network = compressed_network(pl_module)
         layers = named_layers(network)
+        self._originals = {_path(pl_module, name): layer for name, layer in layers.items()}
+        if not is_fitting:
+            return
         if not layers:
             raise ValueError(
                 f"LowRank finds no layer in {type(network).__name__}: build them in __init__ or "
@@ -100,7 +102,6 @@ class LowRank(L.Callback):
         # with energy=, processes whose initial weights differ would come to different ranks
         self._ranks = trainer.strategy.broadcast(todo.ranks)
         self._names = set(layers)
-        self._originals = {_path(pl_module, name): layer for name, layer in layers.items()}
         ranks = {_path(pl_module, name): rank for name, rank in self._ranks.items()}
         put_pairs(pl_module, ranks, self._decomposition)
         copy_averages_anew(trainer, pl_module)
@@ -112,22 +113,26 @@ class LowRank(L.Callback):
         """Refuse to resume from a dense network; warn if it was made with other arguments.
 
         Raises:
-            ValueError: If the checkpoint has dense layers in all places.
+            ValueError: If the checkpoint was made without this callback, and its layers are dense.
         """
+        self._originals = {}  # the weights of the rest are those of the checkpoint by now
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if self._ranks and not _pairs(compressed_network(pl_module)):
-            raise ValueError(
-                f"LowRank cannot resume from {trainer.ckpt_path}, which has no low-rank layers: "
-                "load its weights into the module, and fit without ckpt_path"
-            )
         now = self._arguments()
-        before = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("arguments", now)
-        if before != now:
-            rank_zero_warn(
-                f"the checkpoint was made with LowRank({_spell(before)}) and keeps that "
-                f"structure; LowRank({_spell(now)}) is not applied"
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        if state.get("arguments") == now:
+            return
+        pairs = _pairs(compressed_network(pl_module))
+        if not state and self._ranks and not self._ranks.keys() & pairs.keys():
+            raise ValueError(
+                f"LowRank cannot resume from {trainer.ckpt_path}, whose layers are dense: load "
+                "its weights into the module, and fit without ckpt_path"
             )
+        before = f"LowRank({_spell(state['arguments'])})" if state else "other callbacks"
+        rank_zero_warn(
+            f"the checkpoint was made with {before} and keeps its structure; "
+            f"LowRank({_spell(now)}) is not applied"
+        )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that the layers are still those of ``setup``.
