@@ -225,3 +225,35 @@ def test_without_numba():
     )
     assert done.returncode == 0, done.stderr
     assert "sparse kernel" not in done.stdout
+
+
+def test_parametrized_and_masked_layers_go_on_working():
+    network = prune(vgg(), 0.5)
+    nn.utils.parametrizations.weight_norm(network[0])
+    nn.utils.prune.l1_unstructured(network[3], "weight", 0.9)
+    x = torch.randn(2, 3, 32, 32)
+    network(x)  # leaves weights with a history behind
+    with torch.no_grad():
+        fast = accelerate(network, x)
+        torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-4)
+    assert "stays as it is: " not in fast.report.note  # nothing went wrong
+
+
+def test_masks_and_cross_attention_go_to_pytorch():
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+            self.encoder = transformer()
+
+        def forward(self, x, memory):
+            mask = nn.Transformer.generate_square_subsequent_mask(7)
+            y = self.encoder(x, mask=mask) + self.encoder(x)
+            crossed, weights = self.attention(y, memory, memory)
+            return crossed + self.attention(y, y, y, need_weights=False)[0], weights
+
+    network, inputs = prune(Decoder(), 0.8), (torch.randn(2, 7, 32), torch.randn(2, 5, 32))
+    fast = accelerate(network, inputs)
+    with torch.no_grad():
+        for found, expected in zip(fast(*inputs), network(*inputs), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

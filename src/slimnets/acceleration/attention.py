@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import BasePruningMethod, remove
 
 from slimnets.layers import replace
 
@@ -172,9 +173,16 @@ def _is_simple(m: nn.MultiheadAttention) -> bool:
 
 
 def traceable(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` that shares its tensors, with layers that can be traced."""
+    """A copy of ``model`` that shares its tensors, with layers that can be traced.
+
+    Masks of ``torch.nn.utils.prune`` are written into the weights.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     copied = copy.deepcopy(model, {id(t): t for t in tensors})
+    for module in copied.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, BasePruningMethod):
+                remove(module, hook._tensor_name)
     done: set[str] = set()
     for name, module in list(copied.named_modules()):
         if any(name == d or name.startswith(f"{d}.") for d in done if d):

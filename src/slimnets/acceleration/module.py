@@ -101,15 +101,25 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
     original = copy_for_inference(compressed_network(model))
     with torch.no_grad():
         expected = original(*example)
-        fast, report = _fastest(original, example, expected)
+        try:
+            fast, report = _fastest(original, example, expected)
+        except Exception as error:  # a network that runs must go on running
+            fast, report = None, Report(note=f"The network stays as it is: {error!r}")
     return Accelerated(original, fast, example, report)
 
 
 def copy_for_inference(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose parameters need no gradient."""
     trainer = getattr(model, "_trainer", None)
-    memo = {} if trainer is None else {id(trainer): None}  # not the Trainer of a LightningModule
+    # not the Trainer of a LightningModule
+    memo: dict[int, Any] = {} if trainer is None else {id(trainer): None}
+    for module in model.modules():  # weights that hooks compute cannot be copied with their history
+        memo.update({id(t): t.detach().clone() for t in vars(module).values() if _has_history(t)})
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
+
+
+def _has_history(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_leaf
 
 
 def _fastest(

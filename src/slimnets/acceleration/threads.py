@@ -61,5 +61,8 @@ def together(job: Callable[[int, int], None], threads: int) -> None:
         job(0, threads)
         for _ in range(threads - 1):
             done.acquire()
+    except BaseException:  # interrupted: its threads may wait for this one for ever
+        _team = _Team()
+        raise
     finally:
         team.busy.release()

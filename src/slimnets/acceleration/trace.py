@@ -188,7 +188,7 @@ def is_plain(layer: nn.Module | None) -> bool:
     kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
     if not isinstance(layer, kinds):
         return False
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if layer._forward_hooks or layer._forward_pre_hooks or "weight" not in layer._parameters:
         return False
     forwards = {kind.forward for kind in kinds}
     return type(layer).forward in forwards and "forward" not in vars(layer)

@@ -1,0 +1,42 @@
+"""Factorized layers, accelerated."""
+
+import torch
+from torch import nn
+
+from slimnets.acceleration.module import accelerate
+from slimnets.acceleration.pairs import has_pairs, pairs_or_products
+from slimnets.lowrank.factorize import factorize
+from slimnets.lowrank.modules import LowRankPair
+
+
+def factorized() -> nn.Module:
+    layers = (nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 64))
+    return factorize(nn.Sequential(*layers).eval(), {"0": 4, "3": 8})
+
+
+def test_a_pair_computes_the_same_pruned_or_not():
+    network, x = factorized(), torch.randn(2, 16, 8, 8)
+    assert has_pairs(network)
+    for density in (1.0, 0.1):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(torch.rand_like(parameter) < density)
+            fast = accelerate(network, x)
+            torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-4)
+    names = {row.name for row in fast.report.rows}
+    assert fast.fast is None or names & {"0.first", "0"}
+
+
+def test_only_what_is_faster_is_multiplied_out():
+    network, x = factorized(), torch.randn(2, 16, 8, 8)
+
+    def times(of: nn.Module) -> dict[str, float]:
+        pairs = {"0.first": 1.0, "0.second": 1.0, "3.first": 1.0, "3.second": 1.0}
+        return pairs if has_pairs(of) else {"0": 1.5, "3": 2.5}
+
+    with torch.no_grad():
+        expected = network(x)
+        chosen = pairs_or_products(network, times)
+        torch.testing.assert_close(chosen(x), expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(chosen[0], nn.Conv2d) and isinstance(chosen[3], LowRankPair)
