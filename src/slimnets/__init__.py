@@ -1,5 +1,9 @@
 """Composable compression callbacks for PyTorch Lightning."""
 
+from slimnets.acceleration import accelerate as accelerate
+from slimnets.acceleration import export as export
+from slimnets.artifact import ArtifactError as ArtifactError
+from slimnets.artifact import convert_checkpoint as convert_checkpoint
 from slimnets.artifact import load as load
 from slimnets.artifact import save as save
 from slimnets.distillation import DistillationModule as DistillationModule
@@ -14,12 +18,16 @@ from slimnets.pruning import prune as prune
 from slimnets.resume import ExactResume as ExactResume
 
 __all__ = [
+    "ArtifactError",
     "DistillationModule",
     "ExactResume",
     "GradualPrune",
     "LowRank",
     "LowRankReplace",
+    "accelerate",
     "after_target",
+    "convert_checkpoint",
+    "export",
     "factorize",
     "load",
     "merge",
