@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import nn
 
 from slimnets.acceleration import accelerate, export
+from slimnets.acceleration.attention import Swapped
 from slimnets.acceleration.dense import csr
 from slimnets.layers import replace
 
@@ -103,7 +104,7 @@ def with_csr(network: nn.Module, x: torch.Tensor) -> nn.Module:
             pair = {"dense": partial(layer, image), "csr": partial(product, image)}
             times = in_turn(pair, 3)
             if min(times["csr"]) < min(times["dense"]):
-                network = replace(network, name, product)
+                network = replace(network, name, Swapped(layer, product))
     return network
 
 
