@@ -1,11 +1,11 @@
 """Low-rank replacement on a Lightning Trainer."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,7 +17,11 @@ from slimnets.lowrank.decompose import Decomposition
 from slimnets.lowrank.factorize import put_pairs
 from slimnets.lowrank.modules import LowRankPair, restructure
 from slimnets.lowrank.plan import Plan, Rank, check_arguments, named_layers, plan
+from slimnets.lowrank.report import pairs_of, scalars, spell, tell
+from slimnets.lowrank.swap import check_at, check_run, resolve_at, swap
 from slimnets.trainer import copy_averages_anew, refuse_sharding, writes_summary
+
+T = TypeVar("T")
 
 
 class LowRank(L.Callback):
@@ -30,6 +34,11 @@ class LowRank(L.Callback):
     these evaluate the network as it is. A run that fails before its first optimizer step leaves
     the layers as they were.
 
+    With ``at``, training begins with the dense layers, and they are replaced in the middle of the
+    run. Optimizers get the new parameters in the place of the old ones: what they keep of biases
+    and of other layers goes on, what they keep of the replaced weights starts afresh, and so do
+    the averages of ``WeightAveraging``.
+
     Args:
         r: The rank; a fraction of each layer's full rank in (0, 1); or a mapping of globs over
             layer names to either, of which the first that matches counts and the others are left.
@@ -38,12 +47,16 @@ class LowRank(L.Callback):
         decomposition: ``"spatial"`` turns a d x d convolution into d x 1 and 1 x d (Tai et al.,
             arXiv 1511.06067), ``"channel"`` into d x d and 1 x 1.
         exclude: Layers to leave: globs, types, or predicates of (name, layer).
+        at: When to replace: after that many optimizer steps, if an int; at that fraction of the
+            run in (0, 1), if a float. By default, before training.
 
     Raises:
         TypeError: If an argument is of a wrong type.
         ValueError: If one is out of range; in ``setup``, if a glob matches nothing, a weight is
-            not finite, or there is no layer yet.
-        NotImplementedError: In ``setup``, under a strategy that shards the weights.
+            not finite, or there is no layer yet; in ``on_train_start``, if the run ends before
+            ``at``.
+        NotImplementedError: In ``setup``, under a strategy that shards the weights; with ``at``,
+            under one of several processes.
 
     Examples:
         >>> trainer = L.Trainer(callbacks=[LowRank({"features.*": 0.25})], logger=False)
@@ -58,11 +71,17 @@ class LowRank(L.Callback):
         energy: float | None = None,
         decomposition: Decomposition = "spatial",
         exclude: Selectors = (),
+        at: int | float | None = None,
     ) -> None:
         self._exclude = check_arguments(r, energy, decomposition, exclude)
+        check_at(at)
+        self._at = at
         self._r = dict(r) if isinstance(r, Mapping) else r
         self._energy = energy
         self._decomposition: Decomposition = decomposition
+        self._step: int | None = None  # of `at`
+        self._max_epochs: int | None = None
+        self._done = False
         self._names: set[str] = set()
         self._ranks: dict[str, int] = {}
         self._originals: dict[str, nn.Module] = {}
@@ -74,6 +93,11 @@ class LowRank(L.Callback):
         globs = list(self._r) if isinstance(self._r, dict) else ["*"]
         return self._generate_state_key(layers=globs, exclude=self._arguments()["exclude"])
 
+    @property
+    def target_reached(self) -> bool:
+        """Whether the layers have been replaced."""
+        return self._done
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Replace the layers, in ``fit``; in every stage, be ready for a checkpoint."""
         refuse_sharding(trainer, self)
@@ -84,7 +108,7 @@ class LowRank(L.Callback):
             pl_module.configure_model()
         network = compressed_network(pl_module)
         layers = named_layers(network)
-        self._originals = {_path(pl_module, name): layer for name, layer in layers.items()}
+        self._originals = _paths(pl_module, layers)
         if not is_fitting:
             return
         if not layers:
@@ -92,20 +116,19 @@ class LowRank(L.Callback):
                 f"LowRank finds no layer in {type(network).__name__}: build them in __init__ or "
                 "configure_model; the module's own setup runs after those of callbacks"
             )
-        todo = plan(
-            network,
-            self._r,
-            energy=self._energy,
-            decomposition=self._decomposition,
-            exclude=self._exclude,
-        )
-        # with energy=, processes whose initial weights differ would come to different ranks
-        self._ranks = trainer.strategy.broadcast(todo.ranks)
-        self._names = set(layers)
-        ranks = {_path(pl_module, name): rank for name, rank in self._ranks.items()}
-        put_pairs(pl_module, ranks, self._decomposition)
+        self._names, self._ranks = set(layers), {}
+        self._step, self._max_epochs, self._done = None, trainer.max_epochs, False
+        if self._at is not None:
+            check_run(trainer, self._at, LowRank)
+        todo = self._plan(network)
+        if self._at is None:
+            # with energy=, processes whose initial weights differ would come to different ranks
+            self._ranks = trainer.strategy.broadcast(todo.ranks)
+            put_pairs(pl_module, _paths(pl_module, self._ranks), self._decomposition)
+            self._done = True
+            tell(todo, compressed_network(pl_module))  # a root that is a layer is another one now
+        # also where nothing was replaced, for the hook to be on the averages
         copy_averages_anew(trainer, pl_module)
-        _tell(todo, compressed_network(pl_module))  # a root that is a layer is another one now
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -120,19 +143,24 @@ class LowRank(L.Callback):
             return
         now = self._arguments()
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        if state.get("arguments") == now:
-            return
-        pairs = _pairs(compressed_network(pl_module))
-        if not state and self._ranks and not self._ranks.keys() & pairs.keys():
+        before = spell(state["arguments"]) if state else "other callbacks"
+        is_same = state.get("arguments") == now
+        if self._at is not None:
+            self._done = state.get("done", False)
+            self._step = state["step"] if is_same else None
+        is_dense = not self._ranks.keys() & pairs_of(compressed_network(pl_module)).keys()
+        if not state and self._ranks and is_dense:
             raise ValueError(
                 f"LowRank cannot resume from {trainer.ckpt_path}, whose layers are dense: load "
                 "its weights into the module, and fit without ckpt_path"
             )
-        before = f"LowRank({_spell(state['arguments'])})" if state else "other callbacks"
-        rank_zero_warn(
-            f"the checkpoint was made with {before} and keeps its structure; "
-            f"LowRank({_spell(now)}) is not applied"
-        )
+        if self._done and not is_same:
+            rank_zero_warn(
+                f"the checkpoint was made with {before} and keeps its structure; {spell(now)} is "
+                "not applied"
+            )
+        elif state and not is_same:
+            rank_zero_warn(f"the checkpoint was made with {before}; going on with {spell(now)}")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that the layers are still those of ``setup``.
@@ -151,15 +179,35 @@ class LowRank(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the ranks, and the number of weights before and after."""
-        network = compressed_network(pl_module)
-        pairs = _pairs(network)
-        after = sum(parameter.numel() for parameter in network.parameters())
-        saved = sum(_saved(pair) for pair in pairs.values())
-        scalars = {f"rank/{name}": float(pair.rank) for name, pair in pairs.items()}
-        scalars |= {"weights/before": float(after + saved), "weights/after": float(after)}
+        """Find the step of ``at``; log the ranks, and the number of weights before and after."""
+        if self._at is not None and self._step is None and not self._done:
+            self._step = resolve_at(trainer, self._at, self._max_epochs)
+        self._log(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Replace the layers, if it is time for ``at``."""
+        if self._done or self._step is None or trainer.global_step < self._step:
+            return
+        todo = self._plan(compressed_network(pl_module))
+        swap(trainer, pl_module, _paths(pl_module, todo.ranks), self._decomposition)
+        self._done = True
+        tell(todo, compressed_network(pl_module))
+        self._log(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so if the layers were not replaced."""
+        if not self._done:
+            rank_zero_warn(
+                f"LowRank(at={self._at!r}): training stopped after {trainer.global_step} "
+                f"optimizer steps, before the layers were to be replaced at step {self._step}"
+            )
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        values = scalars(compressed_network(pl_module))
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
+            logger.log_metrics(values, step=trainer.global_step)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
@@ -189,14 +237,27 @@ class LowRank(L.Callback):
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """The arguments, to be compared on resume; ranks follow from the weights' shapes."""
-        return {"arguments": self._arguments()}
+        """The arguments, to be compared on resume, and the step of ``at``.
+
+        Ranks follow from the shapes of the weights.
+        """
+        return {"arguments": self._arguments(), "step": self._step, "done": self._done}
+
+    def _plan(self, network: nn.Module) -> Plan:
+        return plan(
+            network,
+            self._r,
+            energy=self._energy,
+            decomposition=self._decomposition,
+            exclude=self._exclude,
+        )
 
     def _arguments(self) -> dict[str, Any]:
         return {
             "r": self._r,
             "energy": self._energy,
             "decomposition": self._decomposition,
+            "at": self._at,
             "exclude": [getattr(one, "__qualname__", str(one)) for one in self._exclude],
         }
 
@@ -227,33 +288,7 @@ def follow_state_dict(
         copy_averages_anew(pl_module.trainer, pl_module)
 
 
-def _path(pl_module: L.LightningModule, name: str) -> str:
-    """What the layer ``name`` of the compressed network is called in ``pl_module``."""
+def _paths(pl_module: L.LightningModule, by_name: Mapping[str, T]) -> dict[str, T]:
+    """``by_name`` with the names that layers of the compressed network have in ``pl_module``."""
     network = names_of(pl_module, compressed_network(pl_module))[0]
-    return ".".join(part for part in (network, name) if part)
-
-
-def _pairs(network: nn.Module) -> dict[str, LowRankPair]:
-    return {name: m for name, m in network.named_modules() if isinstance(m, LowRankPair)}
-
-
-def _saved(pair: LowRankPair) -> int:
-    halves = pair.first.weight.numel() + pair.second.weight.numel()
-    dense = pair.first.weight[0].numel() * pair.second.weight[:, 0].numel()
-    return dense - halves
-
-
-def _tell(todo: Plan, network: nn.Module) -> None:
-    if not _pairs(network):
-        rank_zero_warn(f"LowRank replaces no layer:\n{todo}")
-    elif todo.ranks:
-        before, after = (sum(getattr(row, side) for row in todo) for side in ("before", "after"))
-        left = "".join(f"\n  left {row.name!r}: {row.reason}" for row in todo.left)
-        rank_zero_info(
-            f"LowRank replaces {len(todo.ranks)} of {len(todo.rows)} layers, {before:,} weights "
-            f"become {after:,}{left}"
-        )
-
-
-def _spell(arguments: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return {".".join(filter(None, (network, name))): value for name, value in by_name.items()}

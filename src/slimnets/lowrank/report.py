@@ -1,0 +1,47 @@
+"""What LowRank says and logs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from slimnets.lowrank.pair import LowRankPair
+from slimnets.lowrank.plan import Plan
+
+
+def pairs_of(network: nn.Module) -> dict[str, LowRankPair]:
+    """The pairs of ``network`` by name."""
+    return {name: m for name, m in network.named_modules() if isinstance(m, LowRankPair)}
+
+
+def scalars(network: nn.Module) -> dict[str, float]:
+    """The rank of each pair, and how many weights there are with them and were without."""
+    pairs = pairs_of(network)
+    after = sum(parameter.numel() for parameter in network.parameters())
+    before = after + sum(_saved(pair) for pair in pairs.values())
+    ranks = {f"rank/{name}": float(pair.rank) for name, pair in pairs.items()}
+    return {**ranks, "weights/before": float(before), "weights/after": float(after)}
+
+
+def tell(todo: Plan, network: nn.Module) -> None:
+    """Say what was done to ``network``, and what was left for which reason."""
+    if not pairs_of(network):
+        rank_zero_warn(f"LowRank replaces no layer:\n{todo}")
+    elif todo.ranks:
+        before, after = (sum(getattr(row, side) for row in todo) for side in ("before", "after"))
+        left = "".join(f"\n  left {row.name!r}: {row.reason}" for row in todo.left)
+        rank_zero_info(
+            f"LowRank replaces {len(todo.ranks)} of {len(todo.rows)} layers, {before:,} weights "
+            f"become {after:,}{left}"
+        )
+
+
+def spell(arguments: Mapping[str, Any]) -> str:
+    """The call that ``arguments`` are of."""
+    return f"LowRank({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+
+
+def _saved(pair: LowRankPair) -> int:
+    first, second = pair.first.weight, pair.second.weight
+    return first[0].numel() * second[:, 0].numel() - first.numel() - second.numel()

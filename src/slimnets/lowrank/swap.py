@@ -1,0 +1,143 @@
+"""Layers replaced in the middle of a run: when, and what has to follow."""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import cast
+
+import lightning as L
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from slimnets.layers import replace
+from slimnets.lowrank.decompose import Decomposition
+from slimnets.lowrank.factorize import put_pairs
+from slimnets.lowrank.pair import Layer, LowRankPair
+from slimnets.trainer import (
+    averaging_callbacks,
+    has_time_limit,
+    is_fast_dev_run,
+    remaining_steps,
+)
+
+
+def check_at(at: int | float | None) -> None:
+    """Raise where no run could make sense of ``at``.
+
+    Raises:
+        TypeError: If it is neither an int, nor a float, nor None.
+        ValueError: If it is out of range.
+    """
+    if at is None:
+        return
+    wanted = "an int of at least 1, in optimizer steps, or a float in (0, 1), a fraction of the run"
+    if isinstance(at, bool) or not isinstance(at, int | float):
+        raise TypeError(f"at={at!r}: expected {wanted}")
+    if at < 1 if isinstance(at, int) else not 0 < at < 1:
+        hint = f"; did you mean {round(at)}?" if isinstance(at, float) and 1 < at < 1e9 else ""
+        raise ValueError(f"at={at!r}: expected {wanted}{hint}")
+
+
+def check_run(trainer: L.Trainer, at: int | float, allowed: type[L.Callback]) -> None:
+    """Raise where layers cannot be replaced in the middle of a run.
+
+    Raises:
+        NotImplementedError: Under a strategy that wraps the parameters.
+        ValueError: Beside a callback that compresses, too, unless it is one of ``allowed``.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise NotImplementedError(
+            f"LowRank(at={at!r}) does not support {type(trainer.strategy).__name__}, which is "
+            "bound to the parameters that a run begins with; use a single device, or at=None"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(callback, "compresses", False) and not isinstance(callback, allowed):
+            raise ValueError(
+                f"LowRank(at={at!r}) would replace weights that {type(callback).__name__} works "
+                "on; use at=None, or two runs"
+            )
+
+
+def resolve_at(trainer: L.Trainer, at: int | float, max_epochs: int | None) -> int:
+    """The optimizer step before which layers are replaced; ask in ``on_train_start``.
+
+    Raises:
+        ValueError: If the run ends before, or its length is needed and not known.
+    """
+    if is_fast_dev_run(trainer):
+        return 0
+    automatic = trainer.lightning_module.automatic_optimization
+    length = trainer.global_step + remaining_steps(trainer, max_epochs) if automatic else math.inf
+    if isinstance(at, float) and (math.isinf(length) or has_time_limit(trainer)):
+        raise ValueError(
+            f"at={at!r} is a fraction of the run, but the number of optimizer steps of this run "
+            "is not known (manual optimization, a time limit, or a loader without length and no "
+            "max_steps): give an int, in optimizer steps"
+        )
+    step = at if isinstance(at, int) else max(1, round(at * length))
+    if step >= length:
+        raise ValueError(f"at={at!r}: the run has only {length:g} optimizer steps")
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise ValueError(f"at={at!r}: LBFGS keeps one state for all parameters; use at=None")
+    return step
+
+
+def swap(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    ranks: Mapping[str, int],
+    decomposition: Decomposition,
+) -> None:
+    """Put pairs in the place of layers of ``pl_module``, and let optimizers and averages follow."""
+    layers = {name: pl_module.get_submodule(name) for name in ranks}
+    put_pairs(pl_module, ranks, decomposition)
+    pairs = {name: cast(LowRankPair, pl_module.get_submodule(name)) for name in ranks}
+    replaced: dict[Tensor, dict[str, nn.Parameter]] = {}
+    for name, layer in layers.items():
+        replaced |= successors(cast(Layer, layer), pairs[name])
+    for optimizer in trainer.optimizers:
+        take_over(optimizer, replaced)
+    for callback in averaging_callbacks(trainer):
+        average = callback._average_model
+        if average is None:
+            continue
+        average = getattr(average, "module", average)
+        for name, pair in pairs.items():
+            # the factors of an averaged weight are not the average of its factors: begin anew
+            device = next(average.get_submodule(name).parameters()).device
+            replace(average, name, copy.deepcopy(pair).to(device))
+
+
+def successors(layer: Layer, pair: LowRankPair) -> dict[Tensor, dict[str, nn.Parameter]]:
+    """Each parameter of ``layer``, and the parameters of ``pair`` that stand for it, by name."""
+    new = dict(pair.named_parameters())
+    found: dict[Tensor, dict[str, nn.Parameter]]
+    found = {layer.weight: {name: new[name] for name in ("first.weight", "second.weight")}}
+    if layer.bias is not None:
+        found[layer.bias] = {"second.bias": new["second.bias"]}
+    return found
+
+
+def take_over(optimizer: Optimizer, replaced: Mapping[Tensor, Mapping[str, nn.Parameter]]) -> None:
+    """Give ``optimizer`` new parameters in the place of old ones, in the same groups.
+
+    The state of a parameter that has one successor goes on; that of others starts afresh.
+
+    Args:
+        optimizer: Changed in place; its schedulers know the parameters through it.
+        replaced: Old parameter to new ones by name, in the order of the module.
+    """
+    for group in optimizer.param_groups:
+        new = [replaced.get(parameter, {"": parameter}) for parameter in group["params"]]
+        if "param_names" in group:
+            group["param_names"] = [
+                f"{name.rpartition('.')[0]}.{leaf}".lstrip(".") if leaf else name
+                for name, found in zip(group["param_names"], new, strict=True)
+                for leaf in found
+            ]
+        group["params"][:] = [parameter for found in new for parameter in found.values()]
+    for old, found in replaced.items():
+        state = optimizer.state.pop(old, None)
+        if state and len(found) == 1:
+            optimizer.state[next(iter(found.values()))] = state
