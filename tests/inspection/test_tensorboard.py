@@ -50,33 +50,36 @@ def test_a_mask_is_dark_where_weights_are_kept(run: Run) -> None:
     assert event.step == 2
     pixels = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("L"))
     assert pixels.shape == (512, 512)
-    assert np.array_equal(pixels[64::128, 64::128], 255 * (1 - np.eye(4)))
+    assert np.array_equal(pixels[64::128, 64::128], 224 * (1 - np.eye(4)))
 
 
 @pytest.mark.parametrize(
-    ("shape", "size"),
+    ("shape", "drawn", "size"),
     [
-        ((4, 2, 3, 3), (4 * 28, 18 * 28)),
-        ((512, 512, 3, 3), (512, 512)),
-        ((1000, 10), (512, 10)),
-        ((10, 100_000), (10, 512)),
-        ((7,), (73, 511)),
-        ((1, 1), (512, 512)),
+        ((9, 2, 3, 3), (9 * 28, 18 * 28), (9 * 28, 18 * 28)),
+        ((512, 512, 3, 3), (512, 512), (512, 512)),
+        ((16, 100_000), (128, 512), (128, 512)),
+        ((1000, 10), (512, 10), (512, 512)),
+        ((7,), (128, 511), (128, 511)),
+        ((1, 1), (512, 512), (512, 512)),
     ],
 )
-def test_pictures_have_a_sensible_size(shape: tuple[int, ...], size: tuple[int, int]) -> None:
+def test_pictures_have_a_sensible_size(
+    shape: tuple[int, ...], drawn: tuple[int, int], size: tuple[int, int]
+) -> None:
     picture = mask_image(torch.ones(shape, dtype=torch.bool))
     assert picture.dtype == torch.uint8
     assert picture.shape == (1, *size)
-    assert not picture.any()
+    assert (picture[0, : drawn[0], : drawn[1]] == 0).all()
+    assert (picture[0, :, drawn[1] :] == 255).all()
 
 
 def test_a_shrunken_picture_shows_how_many_weights_are_kept() -> None:
     mask = torch.zeros(2048, 2048, dtype=torch.bool)
     mask[:1024, ::4] = True
-    picture = mask_image(mask)[0].float() / 255
-    assert picture[:256].unique().tolist() == [pytest.approx(1 - 0.25**0.5, abs=0.01)]
-    assert picture[256:].unique().tolist() == [1.0]
+    picture = mask_image(mask)[0]
+    assert picture[:256].unique().tolist() == [round(224 * (1 - 0.25**0.5))]
+    assert picture[256:].unique().tolist() == [224]
 
 
 def test_histograms_hold_the_surviving_weights(run: Run) -> None:

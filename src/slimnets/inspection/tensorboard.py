@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 PIXELS = 512  # the longer side of a picture; TensorBoard shows no more in a column
+PRUNED, WHITE = 224, 255  # so that a mask's edges stand out from the page
 
 
 def _never_fails(
@@ -94,7 +95,7 @@ def log_summary(trainer: L.Trainer, network: nn.Module) -> None:
 
 
 def mask_image(mask: Tensor) -> Tensor:
-    """A mask as a grey picture: kept weights are dark, pruned ones white.
+    """A mask as a picture: kept weights are black, pruned ones grey.
 
     A kernel (out, in, ...) is flattened to (out, in·k·k). A picture with more weights than pixels
     shows in each pixel the share of weights that is kept; a small one is enlarged.
@@ -103,17 +104,21 @@ def mask_image(mask: Tensor) -> Tensor:
         mask: Bool tensor, True where a weight is kept.
 
     Returns:
-        (1, height, width) uint8, neither side over 512 pixels.
+        (1, height, width) uint8, neither side over 512 pixels, and no higher than wide.
     """
     rows = len(mask) if mask.dim() > 1 else 1
     kept = mask.detach().reshape(1, 1, rows, -1).float()
     height, width = kept.shape[2:]
     shrunk = (min(height, PIXELS), min(width, PIXELS))
     kept = F.adaptive_avg_pool2d(kept, shrunk)
-    enlarged = max(1, PIXELS // max(shrunk))
-    kept = kept.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
+    across = max(1, PIXELS // max(shrunk))
+    down = max(across, PIXELS // 4 // shrunk[0])  # a flat one would be a line
+    kept = kept[0].repeat_interleave(down, 1).repeat_interleave(across, 2)
     # the root spreads the low densities of a heavily pruned layer over the visible greys
-    return (255 * (1 - kept[0].sqrt())).round().to(torch.uint8).cpu()
+    picture = PRUNED * (1 - kept.sqrt())
+    # TensorBoard gives every picture the same width, and a narrow one would fill the page
+    margin = max(0, picture.shape[1] - picture.shape[2])
+    return F.pad(picture, [0, margin], value=WHITE).round().to(torch.uint8).cpu()
 
 
 def _writers(trainer: L.Trainer) -> "list[SummaryWriter]":
