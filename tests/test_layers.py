@@ -64,3 +64,11 @@ def test_is_parametrized():
     assert not is_parametrized(nn.Linear(2, 2))
     assert is_parametrized(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     assert not is_parametrized(nn.ReLU())
+
+
+def test_a_glob_that_matches_a_module_matches_the_layers_in_it():
+    layers = {"block.conv.first": nn.Linear(2, 2), "block.conv.second": nn.Linear(2, 2)}
+    assert assign({"block.conv": 1}, layers, "r") == dict.fromkeys(layers, 1)
+    assert without(layers, as_selectors("block", "exclude")) == {}
+    with pytest.raises(ValueError, match="'conv' matches no layer"):
+        assign({"conv": 1}, layers, "r")

@@ -202,3 +202,39 @@ def test_only_the_student_changes(make_trainer):
     assert str(module.teacher) == structure
     for key, value in module.teacher.state_dict().items():
         assert torch.equal(value, teacher[key])
+
+
+def test_globs_of_pruning_choose_the_pairs_in_the_place_of_layers(make_trainer):
+    prune = GradualPrune({"7": 0.9, "[03]": 0.5})
+    module, _ = fit(make_trainer, [prune, LowRank(r=0.25, exclude="0")])
+    sparsities = {
+        name: round(float((p == 0).float().mean()), 2)
+        for name, p in module.student.named_parameters()
+        if name in prune.masks
+    }
+    assert sparsities == {
+        "0.weight": 0.5,
+        "3.first.weight": 0.5,
+        "3.second.weight": 0.5,
+        "7.first.weight": 0.9,
+        "7.second.weight": 0.9,
+    }
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_layers_replaced_in_the_middle_of_the_run_are_pruned_too(make_trainer, order):
+    callbacks = [GradualPrune(0.75, end=0.9), LowRank(r=0.25, at=8)][::order]
+    torch.manual_seed(7)
+    module, _ = fit(make_trainer, callbacks)
+    assert "7.first.weight" in dict(module.student.named_parameters())
+    for zeros, wanted in pair_zeros(module.student).values():
+        assert zeros == wanted
+
+
+def test_the_order_makes_no_difference_in_the_middle_of_the_run_either(make_trainer):
+    results = []
+    for order in (1, -1):
+        torch.manual_seed(7)
+        module, _ = fit(make_trainer, [GradualPrune(0.75), LowRank(r=0.25, at=8)][::order])
+        results.append(module.student.state_dict())
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())

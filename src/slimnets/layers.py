@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 T = TypeVar("T")
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-"""A glob over names, a layer type, or a predicate of (name, layer)."""
+"""A glob over names of layers or what contains them, a type, or a predicate of (name, layer)."""
 
 Selectors: TypeAlias = Selector | Iterable[Selector]
 
@@ -51,10 +51,23 @@ def as_selectors(selectors: Selectors, argument: str) -> tuple[Selector, ...]:
     return found
 
 
+def glob_matches(name: str, glob: str) -> bool:
+    """Whether ``glob`` matches ``name``, or that of a module in which the layer ``name`` stands.
+
+    So a glob that chose a layer goes on choosing it when a pair of layers has taken its place.
+
+    Examples:
+        >>> [glob_matches("block.conv.first", g) for g in ("block.conv", "block.*", "conv")]
+        [True, True, False]
+    """
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:n]), glob) for n in range(len(parts), 0, -1))
+
+
 def matches(name: str, layer: nn.Module, selector: Selector) -> bool:
     """Whether ``selector`` chooses ``layer``, called ``name`` in its network."""
     if isinstance(selector, str):
-        return fnmatchcase(name, selector)
+        return glob_matches(name, selector)
     if isinstance(selector, type):
         return isinstance(layer, selector)
     return selector(name, layer)
@@ -95,12 +108,12 @@ def assign(values: Mapping[str, T], layers: Mapping[str, nn.Module], argument: s
         {'features.0': 0.9, 'head': 0.5}
     """
     for glob in values:
-        if not any(fnmatchcase(name, glob) for name in layers):
+        if not any(glob_matches(name, glob) for name in layers):
             raise ValueError(_chose_nothing(argument, glob, layers))
     found: dict[str, T] = {}
     for name in layers:
         for glob, value in values.items():
-            if fnmatchcase(name, glob):
+            if glob_matches(name, glob):
                 found[name] = value
                 break
     return found

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from slimnets import DistillationModule, ExactResume, GradualPrune, after_target
+from slimnets import DistillationModule, ExactResume, after_target
 from slimnets.lowrank import LowRank, LowRankPair, factorize
 from slimnets.lowrank.pair import make_pair
 from slimnets.lowrank.swap import successors, take_over
@@ -362,9 +362,7 @@ def test_strategies_of_several_processes_are_refused(make_trainer):
     assert not pairs(module)
 
 
-def test_pruning_beside_it_is_refused(make_trainer):
-    with pytest.raises(ValueError, match=r"LowRank\(at=9\) .* GradualPrune works on"):
-        run(make_trainer, classifier(), [LowRank(2, at=9), GradualPrune(0.5)])
+def test_two_instances_replace_at_different_steps(make_trainer):
     module = classifier()
     run(make_trainer, module, [LowRank({"*.7": 2}, at=9), LowRank({"*.[03]": 2})])
     assert set(pairs(module)) == {"network.0", "network.3", "network.7"}

@@ -119,7 +119,7 @@ class LowRank(L.Callback):
         self._names, self._ranks = set(layers), {}
         self._step, self._max_epochs, self._done = None, trainer.max_epochs, False
         if self._at is not None:
-            check_run(trainer, self._at, LowRank)
+            check_run(trainer, self._at)
         todo = self._plan(network)
         if self._at is None:
             # with energy=, processes whose initial weights differ would come to different ranks

@@ -39,24 +39,17 @@ def check_at(at: int | float | None) -> None:
         raise ValueError(f"at={at!r}: expected {wanted}{hint}")
 
 
-def check_run(trainer: L.Trainer, at: int | float, allowed: type[L.Callback]) -> None:
+def check_run(trainer: L.Trainer, at: int | float) -> None:
     """Raise where layers cannot be replaced in the middle of a run.
 
     Raises:
         NotImplementedError: Under a strategy that wraps the parameters.
-        ValueError: Beside a callback that compresses, too, unless it is one of ``allowed``.
     """
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise NotImplementedError(
             f"LowRank(at={at!r}) does not support {type(trainer.strategy).__name__}, which is "
             "bound to the parameters that a run begins with; use a single device, or at=None"
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if getattr(callback, "compresses", False) and not isinstance(callback, allowed):
-            raise ValueError(
-                f"LowRank(at={at!r}) would replace weights that {type(callback).__name__} works "
-                "on; use at=None, or two runs"
-            )
 
 
 def resolve_at(trainer: L.Trainer, at: int | float, max_epochs: int | None) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -265,11 +265,22 @@ class GradualPrune(L.Callback):
     def _after_step(self, trainer: L.Trainer, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self._steps[index] += 1
+            self._follow(compressed_network(trainer.lightning_module))
             self._grow(trainer)
             assert self._pruner is not None
             self._pruner.apply(self._pruner.parameters)
 
         return hook
+
+    def _follow(self, network: nn.Module) -> None:
+        """Take up the layers that have replaced others in the middle of the run, if any have."""
+        assert self._pruner is not None
+        now = dict(network.named_parameters(remove_duplicate=False))
+        if all(now.get(name) is weights for name, weights in self._pruner.parameters.items()):
+            return
+        parameters, targets = target_sparsity(network, self.sparsity, self.exclude)
+        self._pruner = Pruner(parameters, targets, self.criterion, self.scope)
+        self._progress = []  # so that the new weights are pruned at once, as far as is due
 
     def _grow(self, trainer: L.Trainer) -> None:
         assert self._pruner is not None
