@@ -64,7 +64,9 @@ class ImageData(L.LightningDataModule):
         return self._loader(self.test)
 
     @override
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, Tensor):  # a module's example_input_array comes by here, as it is
+            return batch
         images, labels = batch
         if self.augmented and self.trainer is not None and self.trainer.training:
             images = crop_and_flip(images)

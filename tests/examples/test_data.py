@@ -81,3 +81,8 @@ def test_every_augmented_image_is_a_shifted_and_perhaps_mirrored_original() -> N
         (found,) = [key for key, option in options.items() if torch.equal(option, image)]
         seen.add(found)
     assert len(seen) > 12  # of 18 ways
+
+
+def test_the_example_of_a_module_passes_untouched(image_folder: Path) -> None:
+    example = torch.randn(2, 3, 32, 32)
+    assert CIFAR10(image_folder).on_after_batch_transfer(example, 0) is example
