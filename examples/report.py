@@ -43,7 +43,7 @@ def report(
     ratio = bytes_dense / bytes_compressed
     table.add_row("bytes", f"{bytes_dense:,}", f"{bytes_compressed:,}", f"{ratio:.1f}x smaller")
     medians = (one.latency.median for one in (baseline, summary))
-    faster = f"{ratios['latency']:.2f}x faster"
+    faster = f"{ratios['latency']:.2f}x as fast"
     table.add_row("latency", *(f"{1000 * median:.2f} ms" for median in medians), faster)
 
     print(f"\n{summary}\n")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 WARM_UP = 3
-RUNS = (5, 200)
+RUNS = (10, 200)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def measure(
     Args:
         forwards: Each runs one forward pass.
         device: Where they run; it is waited for.
-        seconds: About how long the measurement may take for each; five runs are made in any case,
+        seconds: About how long the measurement may take for each; ten runs are made in any case,
             and 200 are enough.
 
     Returns:
