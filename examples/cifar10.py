@@ -129,12 +129,16 @@ def main() -> None:
     slimnets.save(module, folder / "student.safetensors")
     loaded = slimnets.load(folder / "student.safetensors", NETWORKS[args.student]())
 
+    image = torch.randn(1, 3, 32, 32)
+    accelerated = slimnets.accelerate(loaded, image)
+
     tester = L.Trainer(logger=False, **settings)
     (accuracy,) = tester.test(DistillationModule(loaded, teacher), data, verbose=False)
     report(
         teacher,
         loaded,
-        example_input=torch.randn(1, 3, 32, 32),
+        accelerated,
+        image,
         accuracies=(accuracy["test/teacher_accuracy"], accuracy["test/student_accuracy"]),
         files=(folder / "teacher.pt", folder / "student.safetensors"),
     )

@@ -89,6 +89,7 @@ def main(epochs: int) -> None:
     torch.save(teacher.state_dict(), FOLDER / "teacher.pt")
     slimnets.save(student, FOLDER / "student.safetensors")
     loaded = slimnets.load(FOLDER / "student.safetensors", Classifier())
+    accelerated = slimnets.accelerate(loaded, loaded.example_input_array)
 
     tester = L.Trainer(logger=False, enable_model_summary=False)
     dense, compressed = (
@@ -98,6 +99,7 @@ def main(epochs: int) -> None:
     report(
         teacher,
         loaded,
+        accelerated,
         loaded.example_input_array,
         accuracies=(dense, compressed),
         files=(FOLDER / "teacher.pt", FOLDER / "student.safetensors"),

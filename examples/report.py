@@ -14,6 +14,7 @@ from slimnets import summarize
 def report(
     dense: nn.Module,
     compressed: nn.Module,
+    accelerated: nn.Module,
     example_input: Any,
     *,
     accuracies: tuple[float, float],
@@ -24,6 +25,7 @@ def report(
     Args:
         dense: The network before compression.
         compressed: The network as it was loaded from its file.
+        accelerated: The same after ``slimnets.accelerate``.
         example_input: What both are timed on.
         accuracies: Of the dense and the compressed network, in [0, 1].
         files: Of the dense and the compressed network.
@@ -42,9 +44,11 @@ def report(
         table.add_row(name, *(f"{count:,}" for count in counts), f"{ratios[field]:.1f}x fewer")
     ratio = bytes_dense / bytes_compressed
     table.add_row("bytes", f"{bytes_dense:,}", f"{bytes_compressed:,}", f"{ratio:.1f}x smaller")
-    medians = (one.latency.median for one in (baseline, summary))
-    faster = f"{ratios['latency']:.2f}x as fast"
-    table.add_row("latency", *(f"{1000 * median:.2f} ms" for median in medians), faster)
+    fast = summarize(accelerated, example_input, baseline=dense)
+    for name, one in (("latency", summary), ("accelerated", fast)):
+        medians = (each.latency.median for each in (one.baseline, one))
+        faster = f"{one.ratios['latency']:.1f}x as fast"
+        table.add_row(name, *(f"{1000 * median:.2f} ms" for median in medians), faster)
 
     print(f"\n{summary}\n")
     Console(highlight=False).print(table)

@@ -64,7 +64,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_quickstart_ends_with_a_table(quickstart: tuple[Path, str]) -> None:
     folder, printed = quickstart
     rows = table(printed)
-    assert set(rows) == {"accuracy", "weights", "non-zeros", "bytes", "latency"}
+    assert set(rows) == {"accuracy", "weights", "non-zeros", "bytes", "latency", "accelerated"}
     logs = folder / "lightning_logs"
     sizes = [(logs / name).stat().st_size for name in ("teacher.pt", "student.safetensors")]
     assert [int(cell.replace(",", "")) for cell in rows["bytes"][:2]] == sizes

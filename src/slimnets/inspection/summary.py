@@ -103,8 +103,9 @@ class Summary:
         counted = f"{self.parameters:,} parameters, biases and norms included"
         if self.latency is None:
             return [counted]
+        measured = "MACs and latency" if self.total.macs else "latency"
         notes = [
-            f"{counted}; MACs and latency for {self.conditions}",
+            f"{counted}; {measured} for {self.conditions}",
             f"latency {_spread(self.latency)}",
         ]
         if self.speedup is not None and self.baseline is not None and self.baseline.latency:

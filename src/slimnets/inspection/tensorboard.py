@@ -50,7 +50,7 @@ def log_masks(trainer: L.Trainer, network: nn.Module, masks: Mapping[str, Tensor
     """
     for writer in _writers(trainer):
         for name, mask in masks.items():
-            writer.add_image(f"mask/{name}", mask_image(mask), trainer.global_step)
+            writer.add_image(f"mask/{name}", mask_image(mask), logged_step(trainer))
 
 
 @_never_fails
@@ -68,7 +68,7 @@ def log_weights(trainer: L.Trainer, network: nn.Module, names: Iterable[str]) ->
             weights = _tensor(network, name).detach().float()
             surviving = weights[weights.isfinite() & (weights != 0)]
             if surviving.numel():
-                writer.add_histogram(f"weights/{name}", surviving, trainer.global_step)
+                writer.add_histogram(f"weights/{name}", surviving, logged_step(trainer))
 
 
 @_never_fails
@@ -88,10 +88,10 @@ def log_summary(trainer: L.Trainer, network: nn.Module) -> None:
         example_input = trainer.lightning_module.example_input_array
     summary = summarize(network, example_input)
     for writer in _writers(trainer):
-        writer.add_text("summary", summary.to_markdown(), trainer.global_step)
+        writer.add_text("summary", summary.to_markdown(), logged_step(trainer))
     totals = {f"summary/{name}": value for name, value in summary.totals.items()}
     for logger in trainer.loggers:
-        logger.log_metrics(totals, step=trainer.global_step)
+        logger.log_metrics(totals, step=logged_step(trainer))
 
 
 def mask_image(mask: Tensor) -> Tensor:
