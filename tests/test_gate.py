@@ -1,3 +1,7 @@
+import copy
+import pickle
+
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
@@ -58,3 +62,25 @@ def test_checkpoints_every_few_steps_wait_too(make_trainer, tmp_path):
 def test_other_callbacks_are_refused():
     with pytest.raises(TypeError, match="expected a ModelCheckpoint or an EarlyStopping"):
         after_target(Timer())
+
+
+def test_the_last_checkpoint_waits_too(make_trainer, tmp_path):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step >= 6
+
+    last = after_target(ModelCheckpoint(tmp_path, save_last=True, monitor="loss"))
+    with pytest.warns(UserWarning, match="before pruning ends"):
+        fit(make_trainer, last, Stop())
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_a_held_callback_keeps_its_kind_its_key_and_can_be_copied():
+    plain = ModelCheckpoint(monitor="loss")
+    held = after_target(ModelCheckpoint(monitor="loss"))
+    assert after_target(held) is held
+    assert held.state_key == plain.state_key
+    for copied in (copy.deepcopy(held), pickle.loads(pickle.dumps(held))):
+        assert isinstance(copied, ModelCheckpoint)
+        assert type(copied).__mro__[1:] == type(held).__mro__[1:]
+        assert copied.monitor == "loss"

@@ -1,7 +1,5 @@
 """Holding back callbacks that choose a network, until there is a compressed one to choose."""
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any, TypeVar
 
 import lightning as L
@@ -11,7 +9,7 @@ C = TypeVar("C", ModelCheckpoint, EarlyStopping)
 
 
 def after_target(callback: C) -> C:
-    """Hold ``callback`` back until every pruning callback on its Trainer has reached its target.
+    """Hold ``callback`` back until the compressing callbacks on its Trainer have reached their aim.
 
     A dense network is nearly always better than the pruned one that it becomes: without this,
     ``ModelCheckpoint(monitor=...)`` keeps a best from before the target, and ``EarlyStopping``
@@ -33,16 +31,44 @@ def after_target(callback: C) -> C:
         raise TypeError(
             f"after_target({callback!r}): expected a ModelCheckpoint or an EarlyStopping"
         )
-    for name in ("on_train_batch_end", "on_train_epoch_end", "on_validation_end"):
-        setattr(callback, name, _held(getattr(callback, name)))
+    if not isinstance(callback, _Held):
+        callback.__class__ = _held(type(callback))
     return callback
 
 
-def _held(hook: Callable[..., None]) -> Callable[..., None]:
-    @wraps(hook)
-    def held(trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if all(getattr(callback, "target_reached", True) for callback in callbacks):
-            hook(trainer, *args, **kwargs)
+class _Held:
+    """Put before a callback's own class: its hooks run only when the target is reached."""
 
-    return held
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if _is_reached(trainer):
+            super().on_train_batch_end(trainer, *args)  # type: ignore[misc]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if _is_reached(trainer):
+            super().on_train_epoch_end(trainer, *args)  # type: ignore[misc]
+
+    def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if _is_reached(trainer):
+            super().on_validation_end(trainer, *args)  # type: ignore[misc]
+
+    def on_train_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if _is_reached(trainer):
+            super().on_train_end(trainer, *args)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # pickle finds no class that is made at run time
+        return _restore, (type(self).__mro__[2],), self.__dict__
+
+
+def _held(kind: type) -> type:
+    # by the same name, which is in the key of its state in checkpoints
+    return type(kind.__name__, (_Held, kind), {"__qualname__": kind.__qualname__})
+
+
+def _restore(kind: type) -> Any:
+    return object.__new__(_held(kind))
+
+
+def _is_reached(trainer: L.Trainer) -> bool:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return all(getattr(callback, "target_reached", True) for callback in callbacks)

@@ -29,6 +29,10 @@ class ExactResume(L.Callback):
     def __init__(self) -> None:
         self._restored: list[dict[str, Any]] | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget what another run has restored."""
+        self._restored = None
+
     def state_dict(self) -> dict[str, Any]:
         """The states of the generators, in the order of the ranks."""
         states: list[dict[str, Any]] = [_random_state()]

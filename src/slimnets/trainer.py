@@ -1,7 +1,8 @@
 """What the callbacks ask of Lightning's Trainer."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import lightning as L
 from lightning.pytorch.callbacks import (
@@ -106,6 +107,22 @@ def accumulation(trainer: L.Trainer, epoch: int) -> int:
 def has_time_limit(trainer: L.Trainer) -> bool:
     """Whether the run may be ended by the clock, before its last step."""
     return any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def logged_step(trainer: L.Trainer) -> int:
+    """The step that Lightning gives to what modules log, for curves that share an axis."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def spell(value: object) -> str:
+    """``value`` in words that are the same in every process, without addresses."""
+    if isinstance(value, partial):
+        arguments = [spell(one) for one in value.args]
+        arguments += [f"{name}={spell(one)}" for name, one in value.keywords.items()]
+        return f"{spell(value.func)}({', '.join(arguments)})"
+    if isinstance(value, str | int | float | Mapping) or value is None:
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def is_fast_dev_run(trainer: L.Trainer) -> bool:

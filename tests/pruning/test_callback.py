@@ -1,7 +1,9 @@
 """GradualPrune on the real Trainer."""
 
 import copy
+import csv
 import io
+from functools import partial
 
 import lightning as L
 import pytest
@@ -14,11 +16,12 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from slimnets import GradualPrune
+from slimnets import GradualPrune, LowRank
 from slimnets.pruning import linear, one_shot, random
 from tests.support import Classifier, small_data, small_network
 
@@ -222,7 +225,7 @@ def test_a_second_fit_keeps_the_zeros_and_does_not_compound(make_trainer):
 
 def test_a_network_that_is_sparser_than_asked_keeps_its_zeros_and_says_so(make_trainer):
     module, *_ = run(make_trainer, GradualPrune(0.8))
-    with pytest.warns(UserWarning, match=r"begins with 80.* zeros, more than asked"):
+    with pytest.warns(UserWarning, match=r"more zeros than asked.*'network.7.weight' with 80.0%"):
         run(make_trainer, GradualPrune(0.5), module)
     assert zeros(module) == expected(module, 0.8)
 
@@ -421,8 +424,6 @@ def test_channels_last(make_trainer):
 
 
 def test_the_progress_bar_and_the_logger_see_the_sparsity(make_trainer, tmp_path):
-    from lightning.pytorch.loggers import CSVLogger
-
     logger = CSVLogger(tmp_path)
     _, _, trainer = run(make_trainer, GradualPrune(0.9), logger=logger, log_every_n_steps=1)
     assert trainer.progress_bar_metrics["sparsity"] == pytest.approx(0.9, abs=1e-3)
@@ -497,3 +498,91 @@ def test_the_other_package_of_lightning_gets_one_clear_sentence(tmp_path):
         TypeError, match=r"import Trainer and LightningModule from lightning.pytorch"
     ):
         trainer.fit(Module(), DataLoader(torch.randn(8, 4)))
+
+
+def test_a_callback_that_served_another_run_begins_anew(make_trainer, tmp_path):
+    prune = GradualPrune(0.9)
+    module, watch, trainer = run(make_trainer, prune)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    trainer.test(module, small_data(8), ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    _, again, _ = run(make_trainer, prune)
+    assert again.history == watch.history
+    finder = LearningRateFinder(num_training_steps=5)
+    _, third, _ = run(make_trainer, prune, LearningRate(), callbacks=[finder])
+    assert third.history == watch.history
+
+
+def test_a_resume_that_fails_leaves_nothing_to_the_next_run(make_trainer, tmp_path):
+    prune = GradualPrune(0.9)
+    _, watch, trainer = run(make_trainer, prune)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    other = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make_trainer(max_epochs=3, callbacks=[prune]).fit(
+            other, small_data(), small_data(8), ckpt_path=tmp_path / "x.ckpt"
+        )
+    _, again, _ = run(make_trainer, prune)
+    assert again.history == watch.history
+
+
+@pytest.mark.parametrize("begin", [0, 10])
+@pytest.mark.parametrize("lowrank_first", [True, False])
+def test_a_criterion_that_is_none_is_found_before_the_first_step(
+    make_trainer, begin, lowrank_first
+):
+    def flat(parameter):
+        return parameter.abs().flatten()
+
+    module = Classifier()
+    before = copy.deepcopy(module)
+    callbacks = [GradualPrune(0.9, begin=begin, end=15, every=1, criterion=flat), LowRank(r=4)]
+    trainer = make_trainer(max_epochs=3, callbacks=callbacks[:: -1 if lowrank_first else 1])
+    with pytest.raises(ValueError, match="expected scores of the shape of"):
+        trainer.fit(module, small_data(), small_data(8))
+    assert str(module) == str(before)
+    parameters = zip(module.parameters(), before.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in parameters)
+
+
+@pytest.mark.parametrize(("initial", "final"), [(0.1, 0.45), (0.15, 0.45), (0.3, 0.9)])
+def test_rounding_does_not_keep_the_end_from_being_the_target(make_trainer, initial, final):
+    module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.Linear(5, 6)))
+    prune = GradualPrune(final, initial=initial)
+    module, *_ = run(make_trainer, prune, module)
+    assert zeros(module) == expected(module, final)
+    assert prune.target_reached
+
+
+def test_two_instances_on_one_layer_are_refused(make_trainer):
+    one, two = GradualPrune({"network.*": 0.5}), GradualPrune({"network.7": 0.5})
+    with pytest.raises(
+        ValueError, match=r"two GradualPrune callbacks prune \['network.7.weight'\]"
+    ):
+        run(make_trainer, one, callbacks=[two])
+
+
+def test_the_logged_target_is_weighted_as_the_sparsity_is(make_trainer, tmp_path):
+    logger = CSVLogger(tmp_path)
+    prune = GradualPrune({"network.0": 0.1, "network.7": 0.9})
+    run(make_trainer, prune, logger=logger, log_every_n_steps=1)
+    text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    last = {key: [row[key] for row in rows if row[key]][-1] for key in rows[0]}
+    expected = (round(0.1 * 216) + round(0.9 * 8192)) / (216 + 8192)
+    assert float(last["sparsity/target"]) == pytest.approx(expected, abs=1e-3)
+    assert float(last["sparsity"]) == pytest.approx(expected, abs=1e-6)
+
+
+class KeepHead:
+    """A predicate that is an object, another one in every process."""
+
+    def __call__(self, name, layer):
+        return name.endswith("9")
+
+
+def test_objects_as_arguments_are_the_same_in_every_process():
+    one, two = (
+        GradualPrune(0.5, exclude=KeepHead(), schedule=partial(pow, exp=2)) for _ in range(2)
+    )
+    assert one.state_key == two.state_key
+    assert one._arguments() == two._arguments()

@@ -136,3 +136,23 @@ def test_magnitude_is_of_the_shape_of_the_parameter():
     parameter = nn.Parameter(torch.tensor([[-2.0, 1.0]]))
     assert magnitude(parameter).tolist() == [[2.0, 1.0]]
     assert random(parameter).shape == parameter.shape
+
+
+def test_scores_of_minus_infinity_do_not_prune_more_than_asked():
+    layer = nn.Linear(10, 10)
+
+    def some_are_minus_infinity(parameter):
+        scores = torch.rand_like(parameter)
+        return scores.masked_fill(torch.rand_like(parameter) < 0.4, -torch.inf)
+
+    pruner = pruner_of(layer, 0.3, criterion=some_are_minus_infinity)
+    for share in (0.1, 0.2, 0.3):
+        pruner.grow({"weight": share})
+    assert pruner.counts == {"weight": 30}
+    assert zeros(layer) == {"weight": 30}
+
+
+def test_what_begins_with_more_zeros_than_asked_is_named():
+    network = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    nn.init.eye_(network[1].weight)
+    assert pruner_of(network, 0.9).overfull() == {"1.weight": 4032 / 4096}

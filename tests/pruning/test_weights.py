@@ -5,7 +5,7 @@ from torch import nn
 from slimnets.pruning.weights import (
     check_scope,
     check_sparsity,
-    computed_weights,
+    left_alone,
     prunable_weights,
     target_sparsity,
 )
@@ -117,7 +117,34 @@ def test_computed_weights_are_left_and_named():
         nn.Linear(3, 3),
     )
     assert names(network) == ["2.weight"]
-    assert computed_weights(network) == ["0", "1"]
+    assert left_alone(network) == dict.fromkeys(
+        ("0", "1"), "its weight is computed from other parameters"
+    )
+
+
+def test_recurrent_weights_that_are_computed_are_left_and_named():
+    network = nn.ModuleDict({"old": nn.LSTM(4, 4), "new": nn.LSTM(4, 4)})
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(network["old"], "weight_hh_l0")
+    nn.utils.parametrizations.weight_norm(network["new"], "weight_hh_l0")
+    assert names(network) == ["old.weight_ih_l0", "new.weight_ih_l0"]
+    assert list(left_alone(network)) == ["old", "new"]
+
+
+def test_what_an_excluded_layer_shares_is_excluded_under_every_name():
+    shared = nn.Linear(4, 4)
+    network = nn.ModuleDict({"encoder": shared, "decoder": shared, "tied": nn.Linear(4, 4)})
+    network["tied"].weight = shared.weight
+    for exclude in ("encoder", "decoder", "tied"):
+        assert names(network, exclude=exclude) == []
+    assert names(network) == ["encoder.weight"]
+
+
+def test_a_weight_tied_to_an_embedding_is_that_of_an_embedding():
+    network = nn.ModuleDict({"embedding": nn.Embedding(10, 4), "head": nn.Linear(4, 10)})
+    network["head"].weight = network["embedding"].weight
+    assert names(network) == []
+    assert left_alone(network) == {"head": "its weight is that of an embedding"}
 
 
 @pytest.mark.parametrize(

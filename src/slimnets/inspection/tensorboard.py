@@ -15,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimnets.trainer import logged_step
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 

@@ -8,7 +8,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from slimnets.inspection.tensorboard import log_summary
@@ -17,9 +16,16 @@ from slimnets.lowrank.decompose import Decomposition
 from slimnets.lowrank.factorize import put_pairs
 from slimnets.lowrank.modules import LowRankPair, restructure
 from slimnets.lowrank.plan import Plan, Rank, check_arguments, named_layers, plan
-from slimnets.lowrank.report import pairs_of, scalars, spell, tell
+from slimnets.lowrank.report import pairs_of, scalars, tell
+from slimnets.lowrank.report import spell as spell_arguments
 from slimnets.lowrank.swap import check_at, check_run, resolve_at, swap
-from slimnets.trainer import copy_averages_anew, refuse_sharding, writes_summary
+from slimnets.trainer import (
+    copy_averages_anew,
+    logged_step,
+    refuse_sharding,
+    spell,
+    writes_summary,
+)
 
 T = TypeVar("T")
 
@@ -48,7 +54,8 @@ class LowRank(L.Callback):
             arXiv 1511.06067), ``"channel"`` into d x d and 1 x 1.
         exclude: Layers to leave: globs, types, or predicates of (name, layer).
         at: When to replace: after that many optimizer steps, if an int; at that fraction of the
-            run in (0, 1), if a float. By default, before training.
+            run in (0, 1), if a float. By default, before training. Steps are those of all
+            optimizers.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -82,6 +89,7 @@ class LowRank(L.Callback):
         self._step: int | None = None  # of `at`
         self._max_epochs: int | None = None
         self._done = False
+        self._start = 0  # trainer.global_step at the start of the run
         self._names: set[str] = set()
         self._ranks: dict[str, int] = {}
         self._originals: dict[str, nn.Module] = {}
@@ -91,7 +99,7 @@ class LowRank(L.Callback):
     def state_key(self) -> str:
         """Tells two instances apart by the layers they are for; ranks may change on resume."""
         globs = list(self._r) if isinstance(self._r, dict) else ["*"]
-        return self._generate_state_key(layers=globs, exclude=self._arguments()["exclude"])
+        return self._generate_state_key(layers=globs, exclude=[spell(x) for x in self._exclude])
 
     @property
     def target_reached(self) -> bool:
@@ -138,12 +146,13 @@ class LowRank(L.Callback):
         Raises:
             ValueError: If the checkpoint was made without this callback, and its layers are dense.
         """
-        self._originals = {}  # the weights of the rest are those of the checkpoint by now
+        if trainer.ckpt_path is not None:  # and not the trial run of a LearningRateFinder
+            self._originals = {}  # the weights of the rest are those of the checkpoint by now
         if trainer.state.fn != TrainerFn.FITTING:
             return
         now = self._arguments()
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        before = spell(state["arguments"]) if state else "other callbacks"
+        before = spell_arguments(state["arguments"]) if state else "other callbacks"
         is_same = state.get("arguments") == now
         if self._at is not None:
             self._done = state.get("done", False)
@@ -156,11 +165,13 @@ class LowRank(L.Callback):
             )
         if self._done and not is_same:
             rank_zero_warn(
-                f"the checkpoint was made with {before} and keeps its structure; {spell(now)} is "
-                "not applied"
+                f"the checkpoint was made with {before} and keeps its structure; "
+                f"{spell_arguments(now)} is not applied"
             )
         elif state and not is_same:
-            rank_zero_warn(f"the checkpoint was made with {before}; going on with {spell(now)}")
+            rank_zero_warn(
+                f"the checkpoint was made with {before}; going on with {spell_arguments(now)}"
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that the layers are still those of ``setup``.
@@ -182,6 +193,7 @@ class LowRank(L.Callback):
         """Find the step of ``at``; log the ranks, and the number of weights before and after."""
         if self._at is not None and self._step is None and not self._done:
             self._step = resolve_at(trainer, self._at, self._max_epochs)
+        self._start = trainer.global_step
         self._log(trainer, pl_module)
 
     def on_train_batch_start(
@@ -207,13 +219,19 @@ class LowRank(L.Callback):
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         values = scalars(compressed_network(pl_module))
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            logger.log_metrics(values, step=logged_step(trainer))
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        """Forget the original layers: what is learned from here on is in the pairs."""
-        self._originals = {}
+        """After the first step forget the original layers: what is learned now is in the pairs."""
+        if trainer.global_step > self._start:
+            self._originals = {}
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -254,11 +272,11 @@ class LowRank(L.Callback):
 
     def _arguments(self) -> dict[str, Any]:
         return {
-            "r": self._r,
-            "energy": self._energy,
+            "r": _plain(self._r),
+            "energy": _plain(self._energy),
             "decomposition": self._decomposition,
             "at": self._at,
-            "exclude": [getattr(one, "__qualname__", str(one)) for one in self._exclude],
+            "exclude": [spell(one) for one in self._exclude],
         }
 
     def _release(self) -> None:
@@ -286,6 +304,13 @@ def follow_state_dict(
     is_fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
     if is_fitting and before != list(pl_module.modules()):
         copy_averages_anew(pl_module.trainer, pl_module)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy as Python's, which a checkpoint may hold."""
+    if isinstance(value, dict):
+        return {glob: _plain(one) for glob, one in value.items()}
+    return value.item() if hasattr(value, "item") else value
 
 
 def _paths(pl_module: L.LightningModule, by_name: Mapping[str, T]) -> dict[str, T]:

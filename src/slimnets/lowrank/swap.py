@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import cast
 
 import lightning as L
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
@@ -43,13 +44,20 @@ def check_run(trainer: L.Trainer, at: int | float) -> None:
     """Raise where layers cannot be replaced in the middle of a run.
 
     Raises:
-        NotImplementedError: Under a strategy that wraps the parameters.
+        NotImplementedError: Under a strategy that wraps the parameters; beside a
+            ``BaseFinetuning``.
     """
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise NotImplementedError(
             f"LowRank(at={at!r}) does not support {type(trainer.strategy).__name__}, which is "
             "bound to the parameters that a run begins with; use a single device, or at=None"
         )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning):
+            raise NotImplementedError(
+                f"LowRank(at={at!r}) does not support {type(callback).__name__}, whose checkpoints "
+                "name the parameters that a run begins with; use at=None"
+            )
 
 
 def resolve_at(trainer: L.Trainer, at: int | float, max_epochs: int | None) -> int:
@@ -59,9 +67,9 @@ def resolve_at(trainer: L.Trainer, at: int | float, max_epochs: int | None) -> i
         ValueError: If the run ends before, or its length is needed and not known.
     """
     if is_fast_dev_run(trainer):
-        return 0
+        return trainer.global_step
     automatic = trainer.lightning_module.automatic_optimization
-    length = trainer.global_step + remaining_steps(trainer, max_epochs) if automatic else math.inf
+    length = remaining_steps(trainer, max_epochs) if automatic else math.inf
     if isinstance(at, float) and (math.isinf(length) or has_time_limit(trainer)):
         raise ValueError(
             f"at={at!r} is a fraction of the run, but the number of optimizer steps of this run "
@@ -73,7 +81,7 @@ def resolve_at(trainer: L.Trainer, at: int | float, max_epochs: int | None) -> i
         raise ValueError(f"at={at!r}: the run has only {length:g} optimizer steps")
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise ValueError(f"at={at!r}: LBFGS keeps one state for all parameters; use at=None")
-    return step
+    return trainer.global_step + step
 
 
 def swap(
@@ -100,6 +108,13 @@ def swap(
             # the factors of an averaged weight are not the average of its factors: begin anew
             device = next(average.get_submodule(name).parameters()).device
             replace(average, name, copy.deepcopy(pair).to(device))
+        # the next update copies: an average of steps before and after would weigh the untrained
+        # factors as much as all the steps before
+        counter = getattr(
+            callback._average_model, "n_averaged", getattr(callback, "n_averaged", None)
+        )
+        if counter is not None:
+            counter.zero_()
 
 
 def successors(layer: Layer, pair: LowRankPair) -> dict[Tensor, dict[str, nn.Parameter]]:

@@ -22,15 +22,17 @@ from slimnets.pruning.weights import (
     Sparsity,
     check_scope,
     check_sparsity,
-    computed_weights,
+    left_alone,
     target_sparsity,
 )
 from slimnets.trainer import (
     averaged_networks,
     has_time_limit,
     is_fast_dev_run,
+    logged_step,
     refuse_sharding,
     remaining_steps,
+    spell,
     writes_summary,
 )
 
@@ -121,6 +123,8 @@ class GradualPrune(L.Callback):
         self._restored: dict[str, Any] | None = None
         self._hooks: list[RemovableHandle] = []
         self._unlogged = False
+        self._checked = False
+        self._is_fitting = False
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -137,37 +141,40 @@ class GradualPrune(L.Callback):
     def state_key(self) -> str:
         """Tells two instances on one Trainer apart by the layers that they prune."""
         globs = sorted(self.sparsity) if isinstance(self.sparsity, Mapping) else None
-        exclude = [getattr(one, "__qualname__", one) for one in self.exclude]
-        return self._generate_state_key(globs=globs, exclude=exclude)
+        return self._generate_state_key(globs=globs, exclude=[spell(one) for one in self.exclude])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and note the length of the run."""
         refuse_sharding(trainer, self)
-        self._max_epochs = trainer.max_epochs
+        self._is_fitting = stage == "fit"
+        if self._is_fitting:
+            # a callback that has served another run begins anew; a checkpoint is restored later
+            self._pruner, self._restored, self._steps, self._checked = None, None, [], False
+            self._max_epochs = trainer.max_epochs
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the weights and the steps of the run; nothing is pruned yet."""
         network = compressed_network(pl_module)
-        parameters, targets = target_sparsity(network, self.sparsity, self.exclude)
         restored, self._restored = self._restored, None
         steps = restored["steps"] if restored else [0] * len(trainer.optimizers)
         resumed = restored is not None and self._is_same_run(restored["arguments"])
         span = Span(*restored["span"]) if restored and resumed else self._resolve(trainer, steps)
-        pruner = Pruner(parameters, targets, self.criterion, self.scope)
+        pruner = self._make_pruner(trainer, network)
         if restored:
             pruner.load_state_dict(restored["masks"])
 
-        for name in computed_weights(network):
+        for name, reason in left_alone(network).items():
+            rank_zero_warn(f"GradualPrune leaves {name!r} alone: {reason}")
+        if overfull := pruner.overfull():
+            shares = ", ".join(f"{name!r} with {share:.1%}" for name, share in overfull.items())
             rank_zero_warn(
-                f"GradualPrune leaves {name!r} alone: its weight is computed from other parameters"
-            )
-        if pruner.sparsity > pruner.target:
-            rank_zero_warn(
-                f"GradualPrune(sparsity={self.sparsity!r}): the network begins with "
-                f"{pruner.sparsity:.2%} zeros, more than asked; they are kept"
+                f"GradualPrune(sparsity={self.sparsity!r}): layers begin with more zeros than "
+                f"asked, which are kept: {shares}; where these are an initialisation and no pruned "
+                "weights, exclude the layer or initialise it otherwise"
             )
         self._pruner, self._span, self._steps, self._progress = pruner, span, list(steps), []
         self._start = trainer.global_step - max(steps, default=0)
+        self._unlogged = True
         self._unhook()
         self._hooks = [
             optimizer.register_step_post_hook(self._after_step(trainer, index))
@@ -178,10 +185,14 @@ class GradualPrune(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Mask the gradients, before they are clipped; and prune, if pruning begins at step 0."""
+        if self._pruner is None:
+            return
+        if not self._checked:
+            self._pruner.check_criterion()
+            self._checked = True
         if not any(self._steps):
             self._grow(trainer)
-        if self._pruner:
-            self._pruner.mask_gradients()
+        self._pruner.mask_gradients()
 
     def on_train_batch_end(
         self,
@@ -221,6 +232,7 @@ class GradualPrune(L.Callback):
     ) -> None:
         """Leave no hook behind."""
         self._unhook()
+        self._restored = None
 
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit a weight, steps, span, and the arguments for comparison."""
@@ -235,7 +247,7 @@ class GradualPrune(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the layers are known, in ``on_train_start``."""
-        self._restored = state_dict or None
+        self._restored = state_dict if state_dict and self._is_fitting else None
 
     def _resolve(self, trainer: L.Trainer, steps: list[int]) -> Span:
         automatic = trainer.lightning_module.automatic_optimization
@@ -260,26 +272,44 @@ class GradualPrune(L.Callback):
     def _arguments(self) -> dict[str, str]:
         names = ("sparsity", "initial", "begin", "end", "every", "schedule", "criterion", "scope")
         values = {name: getattr(self, name) for name in names}
-        return {name: getattr(v, "__qualname__", repr(v)) for name, v in values.items()}
+        return {name: spell(value) for name, value in values.items()}
+
+    def _make_pruner(self, trainer: L.Trainer, network: nn.Module) -> Pruner:
+        parameters, targets = target_sparsity(network, self.sparsity, self.exclude)
+        for other in self._instances(trainer):
+            assert other._pruner is not None
+            taken = set(other._pruner.parameters.values()) & set(parameters.values())
+            if other is not self and taken:
+                names = [name for name, weights in parameters.items() if weights in taken]
+                raise ValueError(
+                    f"two GradualPrune callbacks prune {names}: give each a mapping of globs, or "
+                    "exclude=, so that no layer is pruned by both"
+                )
+        several = trainer.world_size > 1
+        return Pruner(parameters, targets, self.criterion, self.scope, synchronize=several)
+
+    def _instances(self, trainer: L.Trainer) -> list["GradualPrune"]:
+        """The callbacks of this class on ``trainer`` that have begun, in order."""
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [c for c in callbacks if isinstance(c, GradualPrune) and c._pruner is not None]
 
     def _after_step(self, trainer: L.Trainer, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self._steps[index] += 1
-            self._follow(compressed_network(trainer.lightning_module))
+            self._follow(trainer, compressed_network(trainer.lightning_module))
             self._grow(trainer)
             assert self._pruner is not None
             self._pruner.apply(self._pruner.parameters)
 
         return hook
 
-    def _follow(self, network: nn.Module) -> None:
+    def _follow(self, trainer: L.Trainer, network: nn.Module) -> None:
         """Take up the layers that have replaced others in the middle of the run, if any have."""
         assert self._pruner is not None
         now = dict(network.named_parameters(remove_duplicate=False))
         if all(now.get(name) is weights for name, weights in self._pruner.parameters.items()):
             return
-        parameters, targets = target_sparsity(network, self.sparsity, self.exclude)
-        self._pruner = Pruner(parameters, targets, self.criterion, self.scope)
+        self._pruner = self._make_pruner(trainer, network)
         self._progress = []  # so that the new weights are pruned at once, as far as is due
 
     def _grow(self, trainer: L.Trainer) -> None:
@@ -308,24 +338,34 @@ class GradualPrune(L.Callback):
         for name, parameter in self._pruner.parameters.items():
             share = shares[owner.get(parameter, 0)]  # frozen weights follow the first optimizer
             final = self._pruner.targets[name]
-            due[name] = 0.0 if share is None else self.initial + (final - self.initial) * share
+            if share is None:
+                due[name] = 0.0
+            else:  # rounding must not keep the end from being the target
+                between = self.initial + (final - self.initial) * share
+                due[name] = final if share == 1 else between
         return due
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._pruner is not None
         if trainer.barebones:
             return
-        pl_module.log("sparsity", self._pruner.sparsity, prog_bar=True, on_step=True)
-        if not self._unlogged:
+        instances = self._instances(trainer)
+        if instances[0] is self:
+            pruners = [one._pruner for one in instances if one._pruner is not None]
+            zeros = sum(sum(pruner.counts.values()) for pruner in pruners)
+            share = zeros / sum(pruner.total for pruner in pruners)
+            pl_module.log("sparsity", share, prog_bar=True, on_step=True)
+        if not self._unlogged or not self._progress:
             return
         self._unlogged = False
-        due = self._due(trainer)
-        scalars = {"sparsity/target": sum(due.values()) / len(due)}
-        for name, threshold in self._pruner.thresholds.items():
-            scalars[f"sparsity/{name}"] = self._pruner.layer_sparsity(name)
-            scalars[f"threshold/{name}"] = threshold
+        pruner = self._pruner
+        sizes = {name: weights.numel() for name, weights in pruner.parameters.items()}
+        due = sum(share * sizes[name] for name, share in self._due(trainer).items())
+        scalars = {"sparsity/target": due / pruner.total}
+        scalars |= {f"sparsity/{name}": n / sizes[name] for name, n in pruner.counts.items()}
+        scalars |= {f"threshold/{name}": value for name, value in pruner.thresholds.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
+            logger.log_metrics(scalars, step=logged_step(trainer))
 
     def _unhook(self) -> None:
         for hook in self._hooks:

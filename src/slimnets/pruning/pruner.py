@@ -29,6 +29,7 @@ class Pruner:
         targets: Name to the final share of zeros, in [0, 1).
         criterion: Parameter to scores of its shape; the lowest are pruned.
         scope: ``"layer"`` or ``"global"``.
+        synchronize: Whether to take over the choice of rank 0, in all of several processes.
 
     Attributes:
         pruned: Name to bool tensor, True where pruned. It begins with the weights that are zero
@@ -41,34 +42,36 @@ class Pruner:
         targets: Mapping[str, float],
         criterion: Criterion = magnitude,
         scope: Scope = "layer",
+        synchronize: bool = False,
     ) -> None:
         self.parameters = dict(parameters)
         self.targets = dict(targets)
         self.criterion = criterion
         self.scope = scope
+        self.synchronize = synchronize
         self.pruned = {name: _zeros_of(weights) for name, weights in self.parameters.items()}
         self.counts = {name: int(mask.count_nonzero()) for name, mask in self.pruned.items()}
         self.thresholds: dict[str, float] = {}
 
     @property
+    def total(self) -> int:
+        """The number of weights, pruned or not."""
+        return sum(weights.numel() for weights in self.parameters.values())
+
+    @property
     def sparsity(self) -> float:
         """The share of pruned weights among all of them."""
-        return sum(self.counts.values()) / sum(w.numel() for w in self.parameters.values())
+        return sum(self.counts.values()) / self.total
 
     @property
     def target(self) -> float:
         """The share of pruned weights at the end."""
-        total = sum(weights.numel() for weights in self.parameters.values())
-        return sum(k for _, k in self._quotas(self.targets)) / total
+        return sum(k for _, k in self._quotas(self.targets)) / self.total
 
     @property
     def reached(self) -> bool:
         """Whether every quota is filled."""
         return all(self._count(names) >= k for names, k in self._quotas(self.targets))
-
-    def layer_sparsity(self, name: str) -> float:
-        """The share of pruned weights in one tensor."""
-        return self.counts[name] / self.parameters[name].numel()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """The masks at one bit a weight, and their shapes."""
@@ -100,6 +103,26 @@ class Pruner:
             mask = torch.from_numpy(bits).to(weights.device, torch.bool)
             self.pruned[name] = mask.view(weights.shape)
             self.counts[name] = int(mask.count_nonzero())
+
+    def overfull(self) -> dict[str, float]:
+        """The weights that begin with more zeros than they are to have, and the share of them."""
+        return {
+            name: self._count(names) / sum(self.parameters[n].numel() for n in names)
+            for names, k in self._quotas(self.targets)
+            for name in names
+            if self._count(names) > k
+        }
+
+    def check_criterion(self) -> None:
+        """Raise where the criterion is none, before anything is pruned.
+
+        Raises:
+            ValueError: If it returns scores of another shape.
+        """
+        devices = {w.device for w in self.parameters.values() if w.device.type == "cuda"}
+        with torch.random.fork_rng(devices), torch.no_grad():
+            for name in self.parameters:
+                self._scores(name)
 
     @torch.no_grad()
     def grow(self, sparsities: Mapping[str, float]) -> bool:
@@ -145,7 +168,7 @@ class Pruner:
     def _select(self, names: list[str], k: int) -> None:
         chosen, threshold = lowest([self._scores(name) for name in names], k)
         for name, mask in zip(names, chosen, strict=True):
-            if dist.is_initialized():
+            if self.synchronize:
                 # a random criterion, or a float sum in another order, may differ from rank to rank
                 dist.broadcast(mask.view(torch.uint8), src=0)
             self.pruned[name] |= mask
@@ -161,7 +184,10 @@ class Pruner:
                 f"criterion={self.criterion!r}: expected scores of the shape of {name!r}, "
                 f"{tuple(weights.shape)}, got {got}"
             )
-        return scores.to(torch.float32).masked_fill(self.pruned[name], -torch.inf)
+        # what is pruned comes before all that is not, which may have a score of -inf too
+        lowest_finite = torch.finfo(torch.float32).min
+        scores = scores.to(torch.float32).clamp(min=lowest_finite)
+        return scores.masked_fill(self.pruned[name], -torch.inf)
 
 
 def prune(

@@ -48,7 +48,7 @@ def check_schedule(schedule: Callable[[float], float]) -> None:
     """
     if not callable(schedule):
         raise TypeError(f"schedule={schedule!r}: expected a callable of progress in [0, 1]")
-    for progress in (0.0, 0.5, 1.0):
+    for progress in (i / 100 for i in range(101)):
         share = schedule(progress)
         if not 0 <= share <= 1 or (progress == 1.0 and share != 1):
             expected = "1.0" if progress == 1.0 else "a share in [0, 1]"

@@ -10,19 +10,12 @@ from slimnets.layers import (
     Selectors,
     as_selectors,
     assign,
-    is_parametrized,
     without,
 )
 
 Criterion: TypeAlias = Callable[[nn.Parameter], Tensor]
 Sparsity: TypeAlias = float | Mapping[str, float]
 Scope: TypeAlias = Literal["layer", "global"]
-
-_WEIGHTS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.modules.conv._ConvNd, nn.Linear), "weight"),
-    ((nn.RNNBase, nn.RNNCellBase), "weight_"),
-    ((nn.MultiheadAttention,), "in_proj_weight q_proj_weight k_proj_weight v_proj_weight"),
-)
 
 
 def prunable_weights(
@@ -31,7 +24,8 @@ def prunable_weights(
     """The weights of convolutions, linear and recurrent layers and attention projections.
 
     Biases, norms and embeddings are never among them, nor weights that are computed from other
-    parameters (weight norm). A weight that several layers share is there once.
+    parameters (weight norm). A weight that several layers share is there once, and not at all if
+    one of them is excluded.
 
     Args:
         network: The network whose layers' names the selectors see.
@@ -46,8 +40,13 @@ def prunable_weights(
     """
     candidates = prunable_layers(network)
     kept = without(candidates, as_selectors(exclude, "exclude"))
+    out = {
+        id(weights)
+        for name, layer in candidates.items()
+        if name not in kept
+        for weights in _weights_of(layer).values()
+    } | _of_embeddings(network)
     found: dict[str, nn.Parameter] = {}
-    seen: set[nn.Parameter] = set()
     for name, layer in kept.items():
         if layers is not None and name not in layers:
             continue
@@ -57,36 +56,51 @@ def prunable_weights(
                     f"layer {name!r} ({type(layer).__name__}) has no weights yet; "
                     "run one batch through the network before pruning it"
                 )
-            if parameter not in seen:
-                seen.add(parameter)
+            if id(parameter) not in out:
+                out.add(id(parameter))
                 found[f"{name}.{key}" if name else key] = parameter
     return found
 
 
 def prunable_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Name to layer, for every layer of ``network`` that owns a weight to prune."""
-    return {name: layer for name, layer in network.named_modules() if _weights_of(layer)}
+    """Name to layer, for every layer that owns a weight to prune; a shared layer by each name."""
+    modules = network.named_modules(remove_duplicate=False)
+    return {name: layer for name, layer in modules if _weights_of(layer)}
 
 
-def computed_weights(network: nn.Module) -> list[str]:
-    """Names of convolutions and linear layers that compute their weights (weight norm)."""
-    convolutions_and_linear = _WEIGHTS[0][0]
-    return [
-        name
-        for name, layer in network.named_modules()
-        if isinstance(layer, convolutions_and_linear) and is_parametrized(layer)
-    ]
+def left_alone(network: nn.Module) -> dict[str, str]:
+    """Name of each layer that a user would expect to be pruned and that is not, and why."""
+    embeddings = _of_embeddings(network)
+    reasons: dict[str, str] = {}
+    for name, layer in network.named_modules():
+        if any(n not in layer._parameters and hasattr(layer, n) for n in _names_of(layer)):
+            reasons[name] = "its weight is computed from other parameters"
+        elif any(id(weights) in embeddings for weights in _weights_of(layer).values()):
+            reasons[name] = "its weight is that of an embedding"
+    return reasons
+
+
+def _of_embeddings(network: nn.Module) -> set[int]:
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    return {id(layer.weight) for layer in network.modules() if isinstance(layer, kinds)}
 
 
 def _weights_of(layer: nn.Module) -> dict[str, nn.Parameter]:
-    for types, names in _WEIGHTS:
-        if isinstance(layer, types):
-            return {
-                key: parameter
-                for key, parameter in layer.named_parameters(recurse=False)
-                if (key.startswith(names) if names.endswith("_") else key in names.split())
-            }
-    return {}
+    own = layer._parameters
+    return {name: weights for name in _names_of(layer) if (weights := own.get(name)) is not None}
+
+
+def _names_of(layer: nn.Module) -> list[str]:
+    """The names of the weights that a layer of this type has."""
+    if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+        return ["weight"]
+    if isinstance(layer, nn.RNNBase):
+        return [name for name in layer._flat_weights_names if name.startswith("weight")]
+    if isinstance(layer, nn.RNNCellBase):
+        return ["weight_ih", "weight_hh"]
+    if isinstance(layer, nn.MultiheadAttention):
+        return ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    return []
 
 
 def check_sparsity(sparsity: Sparsity, argument: str = "sparsity") -> None:
