@@ -266,6 +266,7 @@ def test_weights_that_are_not_finite_are_refused(make_trainer):
         "on_train_start",
         "on_train_batch_start",
         "on_before_backward",
+        "on_before_optimizer_step",
     ],
 )
 @pytest.mark.parametrize("first", [True, False])
@@ -293,10 +294,12 @@ def test_an_error_in_the_first_batch_puts_the_layers_back(make_trainer):
     assert list(module.modules()) == layers
 
 
-def test_an_error_after_the_first_step_keeps_what_was_learned(make_trainer):
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_error_after_the_first_step_keeps_what_was_learned(make_trainer, order):
     module = Classifier()
+    callbacks = [LowRank(2), Fails("on_train_batch_end")][::order]
     with pytest.raises(RuntimeError, match="broken elsewhere"):
-        fit(make_trainer, module, [LowRank(2), Fails("on_train_batch_end")])
+        fit(make_trainer, module, callbacks)
     assert len(pairs(module)) == 4
     assert not module._load_state_dict_pre_hooks
 

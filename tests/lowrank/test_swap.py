@@ -42,7 +42,10 @@ def classifier(optimizer=ADAM, seed=0, network=None):
 
 def run(make_trainer, module, callbacks, epochs=3, ckpt_path=None, **arguments):
     trainer = make_trainer(max_epochs=epochs, callbacks=[*callbacks, ExactResume()], **arguments)
-    trainer.fit(module, small_data(shuffle=True), small_data(8), ckpt_path=ckpt_path)
+    # SWA keeps its scheduler, which torch 2.6 does not take for mere weights
+    trainer.fit(
+        module, small_data(shuffle=True), small_data(8), ckpt_path=ckpt_path, weights_only=False
+    )
     return trainer
 
 
@@ -235,10 +238,8 @@ def test_the_average_is_that_of_the_pair_since_the_swap(make_trainer):
     callbacks = [LowRank(2, at=15), EMAWeightAveraging(decay=0.5), record, average]
     run(make_trainer, classifier(), callbacks)
     name = "network.7.first.weight"
-    start = classifier()
-    start.load_state_dict(record.after[14])
-    expected = factorize(start, 2).state_dict()[name]
-    for state in record.after[15:]:
+    expected = record.after[15][name]
+    for state in record.after[16:]:
         expected = 0.5 * expected + 0.5 * state[name]
     torch.testing.assert_close(average.found[name], expected, rtol=0, atol=1e-6)
 
@@ -386,7 +387,7 @@ def test_resuming_with_another_at(make_trainer, tmp_path):
     run(make_trainer, dense, [], epochs=1).save_checkpoint(tmp_path / "dense.ckpt")
     module, record = classifier(seed=1), Record()
     run(make_trainer, module, [LowRank(2, at=0.5), record], ckpt_path=tmp_path / "dense.ckpt")
-    assert [bool(found) for found in record.before] == [False] * 3 + [True] * 9
+    assert [bool(found) for found in record.before] == [False] * 6 + [True] * 6
 
     class Save(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -396,7 +397,7 @@ def test_resuming_with_another_at(make_trainer, tmp_path):
     record = Record()
     with pytest.warns(UserWarning, match=r"at=9,.* going on with LowRank\(r=2,.* at=11"):
         run(make_trainer, classifier(), [LowRank(2, at=11), record], 3, tmp_path / "6.ckpt")
-    assert [bool(found) for found in record.before] == [False] * 5 + [True] * 7
+    assert [bool(found) for found in record.before] == [False] * 11 + [True]
     with pytest.warns(UserWarning, match=r"keeps its structure; LowRank\(r=3,.* is not applied"):
         run(make_trainer, classifier(), [LowRank(3, at=9)], 3, tmp_path / "12.ckpt")
 

@@ -1,23 +1,23 @@
 """Low-rank replacement on a Lightning Trainer."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from slimnets.inspection.tensorboard import log_summary
-from slimnets.layers import Selectors, compressed_network, names_of, replace
+from slimnets.layers import Selectors, compressed_network, replace
 from slimnets.lowrank.decompose import Decomposition
 from slimnets.lowrank.factorize import put_pairs
-from slimnets.lowrank.modules import LowRankPair, restructure
+from slimnets.lowrank.follow import follow_state_dict, paths_in
+from slimnets.lowrank.modules import LowRankPair
 from slimnets.lowrank.plan import Plan, Rank, check_arguments, named_layers, plan
-from slimnets.lowrank.report import pairs_of, scalars, tell
-from slimnets.lowrank.report import spell as spell_arguments
+from slimnets.lowrank.report import call_of, pairs_of, scalars, tell
 from slimnets.lowrank.swap import check_at, check_run, resolve_at, swap
 from slimnets.trainer import (
     copy_averages_anew,
@@ -26,8 +26,6 @@ from slimnets.trainer import (
     spell,
     writes_summary,
 )
-
-T = TypeVar("T")
 
 
 class LowRank(L.Callback):
@@ -116,7 +114,7 @@ class LowRank(L.Callback):
             pl_module.configure_model()
         network = compressed_network(pl_module)
         layers = named_layers(network)
-        self._originals = _paths(pl_module, layers)
+        self._originals = paths_in(pl_module, layers)
         if not is_fitting:
             return
         if not layers:
@@ -125,15 +123,16 @@ class LowRank(L.Callback):
                 "configure_model; the module's own setup runs after those of callbacks"
             )
         self._names, self._ranks = set(layers), {}
-        self._step, self._max_epochs, self._done = None, trainer.max_epochs, False
+        self._step, self._max_epochs, self._start = None, trainer.max_epochs, trainer.global_step
         if self._at is not None:
             check_run(trainer, self._at)
         todo = self._plan(network)
         if self._at is None:
             # with energy=, processes whose initial weights differ would come to different ranks
             self._ranks = trainer.strategy.broadcast(todo.ranks)
-            put_pairs(pl_module, _paths(pl_module, self._ranks), self._decomposition)
-            self._done = True
+            put_pairs(pl_module, paths_in(pl_module, self._ranks), self._decomposition)
+        self._done = self._at is None or not todo.ranks  # a second run finds them replaced
+        if self._done:
             tell(todo, compressed_network(pl_module))  # a root that is a layer is another one now
         # also where nothing was replaced, for the hook to be on the averages
         copy_averages_anew(trainer, pl_module)
@@ -152,7 +151,7 @@ class LowRank(L.Callback):
             return
         now = self._arguments()
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        before = spell_arguments(state["arguments"]) if state else "other callbacks"
+        before = call_of(state["arguments"]) if state else "other callbacks"
         is_same = state.get("arguments") == now
         if self._at is not None:
             self._done = state.get("done", False)
@@ -166,12 +165,10 @@ class LowRank(L.Callback):
         if self._done and not is_same:
             rank_zero_warn(
                 f"the checkpoint was made with {before} and keeps its structure; "
-                f"{spell_arguments(now)} is not applied"
+                f"{call_of(now)} is not applied"
             )
         elif state and not is_same:
-            rank_zero_warn(
-                f"the checkpoint was made with {before}; going on with {spell_arguments(now)}"
-            )
+            rank_zero_warn(f"the checkpoint was made with {before}; going on with {call_of(now)}")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that the layers are still those of ``setup``.
@@ -203,7 +200,7 @@ class LowRank(L.Callback):
         if self._done or self._step is None or trainer.global_step < self._step:
             return
         todo = self._plan(compressed_network(pl_module))
-        swap(trainer, pl_module, _paths(pl_module, todo.ranks), self._decomposition)
+        swap(trainer, pl_module, paths_in(pl_module, todo.ranks), self._decomposition)
         self._done = True
         tell(todo, compressed_network(pl_module))
         self._log(trainer, pl_module)
@@ -237,6 +234,8 @@ class LowRank(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Put the original layers back, unless training has begun."""
+        if trainer.global_step > self._start:
+            self._originals = {}
         present = dict(pl_module.named_modules())
         for path, layer in self._originals.items():
             if path in present and present[path] is not layer:
@@ -289,31 +288,8 @@ class LowRank(L.Callback):
 LowRankReplace = LowRank
 
 
-def follow_state_dict(
-    pl_module: L.LightningModule, state_dict: Mapping[str, Any], prefix: str, *_: Any
-) -> None:
-    """Give ``pl_module`` the structure of ``state_dict``, which is about to be loaded.
-
-    A hook for ``register_load_state_dict_pre_hook``. It is copied with the module, so that averaged
-    copies follow their own state.
-    """
-    shapes = {key: value.shape for key, value in state_dict.items() if isinstance(value, Tensor)}
-    before = list(pl_module.modules())
-    restructure(pl_module, shapes, prefix)
-    trainer = pl_module._trainer
-    is_fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-    if is_fitting and before != list(pl_module.modules()):
-        copy_averages_anew(pl_module.trainer, pl_module)
-
-
 def _plain(value: Any) -> Any:
     """Numbers of NumPy as Python's, which a checkpoint may hold."""
     if isinstance(value, dict):
         return {glob: _plain(one) for glob, one in value.items()}
     return value.item() if hasattr(value, "item") else value
-
-
-def _paths(pl_module: L.LightningModule, by_name: Mapping[str, T]) -> dict[str, T]:
-    """``by_name`` with the names that layers of the compressed network have in ``pl_module``."""
-    network = names_of(pl_module, compressed_network(pl_module))[0]
-    return {".".join(filter(None, (network, name))): value for name, value in by_name.items()}

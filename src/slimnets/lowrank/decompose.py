@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,8 +22,13 @@ def as_matrix(weight: Tensor, decomposition: Decomposition = "spatial") -> Tenso
     Returns:
         ``(inputs * first kernel, second kernel * outputs)``, as in Tai et al., arXiv 1511.06067.
     """
-    rows = weight.shape[1] * math.prod(_first_kernel(weight.shape, decomposition))
-    return weight.movedim(0, -1).reshape(rows, -1)
+    return weight.movedim(0, -1).reshape(matrix_shape(weight.shape, decomposition))
+
+
+def matrix_shape(shape: torch.Size, decomposition: Decomposition = "spatial") -> tuple[int, int]:
+    """The shape of :func:`as_matrix` of a weight of ``shape``."""
+    rows = shape[1] * math.prod(_first_kernel(shape, decomposition))
+    return rows, shape.numel() // rows
 
 
 def factors(
@@ -97,7 +102,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return vh.mT, s, u.mT
     matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
     # squares neither overflow nor vanish, and a power of two rounds nothing
-    scale = torch.exp2(matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny).log2().floor())
+    largest = torch.linalg.vector_norm(matrix, math.inf)
+    scale = torch.exp2(largest.clamp(min=torch.finfo(matrix.dtype).tiny).log2().floor())
     with torch.no_grad(), _full_precision(matrix.device):
         u, s, vh = _truncated_svd(matrix / scale, rank)
     return u, s * scale, vh
@@ -109,8 +115,7 @@ def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return _full(matrix, rank)
     # time of the range finder against that of the Gram matrix and its eigenvectors, as measured
     is_low = 8 * n * m * rank <= n * m**2 + 2 * m**3
-    basis = _range(matrix, rank) if is_low else torch.linalg.eigh(matrix @ matrix.mT)[1]
-    u, s, vh = _within(matrix, basis, rank)
+    u, s, vh = _randomised(matrix, rank) if is_low else _gram(matrix, rank)
     # Both work with squares, where singular values below sqrt(eps) of the largest are lost: what
     # is left over has to be far above that, or the error is not the best.
     total, kept = matrix.norm() ** 2, s.norm() ** 2
@@ -124,13 +129,18 @@ def _full(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, :rank], s[:rank], vh[:rank]
 
 
-def _range(matrix: Tensor, rank: int) -> Tensor:
-    """An orthonormal basis close to the leading left singular vectors.
+def _gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    u = torch.linalg.eigh(matrix @ matrix.mT)[1][:, -rank:].flip(1)  # ascending
+    return _scaled(u, u.mT @ matrix)
 
-    Randomised subspace iteration (Halko et al., arXiv 0909.4061) with dynamic shifts (Feng et al.,
-    arXiv 2404.09276), here at the Chebyshev nodes of the unwanted end of the spectrum. A quarter
-    of oversampling and two iterations keep the error within 1 % for the flat spectrum of random
-    weights, the hardest there is.
+
+def _randomised(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Randomised subspace iteration (Halko et al., arXiv 0909.4061) with dynamic shifts.
+
+    The shifts (Feng et al., arXiv 2404.09276) are here at the Chebyshev nodes of the unwanted end
+    of the spectrum. A quarter of oversampling and two iterations keep the error within 1 % for
+    the flat spectrum of random weights, the hardest there is. The sketch has to be a dense one: a
+    sparse one, which is faster, loses singular vectors of matrices near to a diagonal one.
     """
     generator = torch.Generator().manual_seed(0)
     columns = min(rank + rank // 4 + 8, matrix.shape[0])
@@ -140,21 +150,14 @@ def _range(matrix: Tensor, rank: int) -> Tensor:
         projected = matrix.mT @ basis
         unwanted = torch.linalg.eigvalsh(projected.mT @ projected)[0]  # a lower bound of its end
         basis = torch.linalg.qr(matrix @ projected - node * unwanted * basis).Q
-    return cast(Tensor, basis)
+    projected = basis.mT @ matrix
+    inner = torch.linalg.eigh(projected @ projected.mT)[1][:, -rank:].flip(1)
+    return _scaled(basis @ inner, inner.mT @ projected)
 
 
-def _within(matrix: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The truncated SVD of the projection of ``matrix`` on the orthonormal columns of ``basis``."""
-    if basis.shape[0] == basis.shape[1]:  # eigenvectors already, ascending
-        u = basis[:, -rank:].flip(1)
-        projected = u.mT @ matrix
-    else:
-        projected = basis.mT @ matrix
-        inner = torch.linalg.eigh(projected @ projected.mT)[1][:, -rank:].flip(1)
-        u, projected = basis @ inner, inner.mT @ projected
+def _scaled(u: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     s = torch.linalg.vector_norm(projected, dim=1)
-    tiny = torch.finfo(s.dtype).tiny
-    return u, s, projected / s.clamp(min=tiny)[:, None]
+    return u, s, projected / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None]
 
 
 def _first_kernel(shape: torch.Size, decomposition: Decomposition) -> torch.Size:

@@ -13,6 +13,7 @@ from slimnets.layers import Selector, Selectors, as_selectors, assign, without
 from slimnets.lowrank.decompose import (
     Decomposition,
     as_matrix,
+    matrix_shape,
     rank_for_energy,
     rank_for_fraction,
 )
@@ -116,16 +117,19 @@ def plan(
         reason = asked or _reason_to_leave(layer, holders, inside)
         rank = None
         if not reason:
-            matrix = as_matrix(cast(Tensor, layer.weight).detach(), decomposition)
-            if not matrix.isfinite().all():
+            weight = cast(Tensor, layer.weight).detach()
+            if not weight.isfinite().all():
                 raise ValueError(f"the weight of layer {name!r} has infinite or NaN values")
-            rank = _rank(matrix, ranks[name], energy)
-            reason = _reason_of_size(rank, *matrix.shape)
+            shape = matrix_shape(weight.shape, decomposition)
+            if energy is not None:
+                rank = rank_for_energy(as_matrix(weight, decomposition), energy)
+            else:
+                rank = _resolve(ranks[name], min(shape))
+            reason = _reason_of_size(rank, *shape)
         if rank is None or reason:
             rows.append(Row(name, kind, None, weights, weights, reason, bool(asked)))
         else:
-            after = rank * sum(matrix.shape)
-            rows.append(Row(name, kind, rank, weights, after))
+            rows.append(Row(name, kind, rank, weights, rank * sum(shape)))
     return Plan(tuple(rows))
 
 
@@ -208,12 +212,8 @@ def _inside_attention(model: nn.Module) -> set[int]:
     return {id(child) for module in attention for child in module.children()}
 
 
-def _rank(matrix: Tensor, r: Rank | None, energy: float | None) -> int:
-    if energy is not None:
-        return rank_for_energy(matrix, energy)
-    if isinstance(r, Integral):
-        return int(r)
-    return rank_for_fraction(cast(float, r), min(matrix.shape))
+def _resolve(r: Rank | None, full_rank: int) -> int:
+    return int(r) if isinstance(r, Integral) else rank_for_fraction(cast(float, r), full_rank)
 
 
 def _reason_of_size(rank: int, rows: int, columns: int) -> str:

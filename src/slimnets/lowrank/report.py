@@ -37,7 +37,7 @@ def tell(todo: Plan, network: nn.Module) -> None:
         )
 
 
-def spell(arguments: Mapping[str, Any]) -> str:
+def call_of(arguments: Mapping[str, Any]) -> str:
     """The call that ``arguments`` are of."""
     return f"LowRank({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
 
