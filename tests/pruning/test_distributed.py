@@ -58,13 +58,14 @@ def run(folder: Path, criterion: str) -> None:
     subprocess.run(
         [sys.executable, str(script), str(folder), criterion],
         check=True,
-        timeout=240,
+        timeout=800,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
 def test_both_ranks_have_the_same_masks_and_weights_after_every_step(
     tmp_path, make_trainer, criterion
