@@ -10,6 +10,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "speed.py"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_quick(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     spec = spec_from_file_location("speed", SCRIPT)

@@ -66,6 +66,7 @@ def train_one_rank(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["nn.Module", "manual"])
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path, make_trainer, kind) -> None:
     call = f"from {__name__} import *; train_one_rank(Path({str(tmp_path)!r}), {kind!r})"
@@ -74,7 +75,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path, make_trainer,
     subprocess.run(
         [sys.executable, str(script)],
         check=True,
-        timeout=240,
+        timeout=800,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )

@@ -195,6 +195,7 @@ def test_precisions(make_trainer, precision, kind) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo
 def test_a_compiled_module_trains(make_trainer) -> None:
     results = []

@@ -27,7 +27,7 @@ def run(folder: Path, script: str, *arguments: object) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -138,6 +138,7 @@ def test_cifar10_with_a_teachers_file(tmp_path: Path, images: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_cifar10_trains_a_teacher_itself(tmp_path: Path, images: Path) -> None:
     options = ["--student", "vgg19", "--sparsity", "0.5", "--rank", "paper"]
     _, path = cifar10(tmp_path, images, *options)

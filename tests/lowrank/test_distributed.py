@@ -39,6 +39,7 @@ found = {"alone": alone, "pairs": pairs(module), "total": total}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_processes_with_different_weights_agree_on_the_ranks(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -46,7 +47,7 @@ def test_processes_with_different_weights_agree_on_the_ranks(tmp_path):
     subprocess.run(
         [sys.executable, str(script), str(tmp_path)],
         check=True,
-        timeout=240,
+        timeout=800,
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
     )
