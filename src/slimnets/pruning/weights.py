@@ -10,6 +10,7 @@ from slimnets.layers import (
     Selectors,
     as_selectors,
     assign,
+    is_parametrized,
     without,
 )
 
@@ -73,7 +74,7 @@ def left_alone(network: nn.Module) -> dict[str, str]:
     embeddings = _of_embeddings(network)
     reasons: dict[str, str] = {}
     for name, layer in network.named_modules():
-        if any(n not in layer._parameters and hasattr(layer, n) for n in _names_of(layer)):
+        if any(is_parametrized(layer, tensor) for tensor in _names_of(layer)):
             reasons[name] = "its weight is computed from other parameters"
         elif any(id(weights) in embeddings for weights in _weights_of(layer).values()):
             reasons[name] = "its weight is that of an embedding"
