@@ -87,7 +87,7 @@ def arguments() -> argparse.Namespace:
     add("--rank", type=rank, help="a number, a fraction of the full rank, or 'paper' for vgg19")
     add("--held-out", type=int, default=5000, help="training images to validate on instead")
     add("--batch-size", type=int, default=128)
-    add("--learning-rate", type=float, default=0.05)
+    add("--learning-rate", type=float, default=0.01)
     add("--precision", default="32-true", help="of the Trainer, for example bf16-mixed")
     add("--fast", action="store_true", help="a few batches only, to see that everything runs")
     return parser.parse_args()
