@@ -10,13 +10,11 @@ import copy
 import json
 import logging
 import os
-import platform
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +23,11 @@ from file_forms import forms, zstd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from shared import machine, random_vgg19
 from torch import Tensor, nn
 
 import slimnets
 from slimnets.artifact.quantize import quantize
-
-
-def vgg19(width: int = 64) -> nn.Module:
-    """VGG-19 with batch norm for CIFAR, 20.6 M weights at width 64, all random."""
-    layers: list[nn.Module] = []
-    inputs = 3
-    for factor, repeats in ((1, 2), (2, 2), (4, 4), (8, 4), (8, 4)):
-        for _ in range(repeats):
-            outputs = factor * width
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
-            inputs = outputs
-        layers.append(nn.MaxPool2d(2))
-    head = [nn.Flatten(), nn.Linear(inputs, inputs), nn.ReLU(), nn.Linear(inputs, inputs)]
-    network = nn.Sequential(*layers, *head, nn.ReLU(), nn.Linear(inputs, 10))
-    with torch.no_grad():
-        for tensor in network.state_dict().values():
-            if tensor.dim() > 1:
-                tensor.normal_(0, 0.05)
-            elif tensor.dim():
-                tensor.normal_(1, 0.1)
-    return network
 
 
 def limit(state: Mapping[str, Tensor], dtype: torch.dtype) -> float:
@@ -178,29 +156,28 @@ def main(arguments: list[str] | None = None) -> None:
     results: dict[float, list[dict[str, Any]]] = {}
     for sparsity in options.sparsity:
         torch.manual_seed(0)
-        network = vgg19(width=16 if options.quick else 64)
+        network = random_vgg19(0.25 if options.quick else 1)
         slimnets.prune(network, sparsity)
         with tempfile.TemporaryDirectory() as folder:
             results[sparsity] = measure(
                 network, 1 if options.quick else options.rounds, Path(folder)
             )
         check_sizes(results[sparsity])
-    versions = {name: version(name) for name in ("torch", "numpy", "safetensors", "slimnets")}
-    versions |= {"python": platform.python_version()}
+    measured_on = machine("numpy", "safetensors")
     count = sum(p.numel() for p in network.parameters())
     dense = next(iter(results.values()))[0]
     caption = (
         f"times relative to torch.save and torch.load ({dense['save_seconds']:.2f} s and "
         f"{dense['load_seconds']:.2f} s), median of {options.rounds} rounds in "
         f"turn; {options.threads} thread(s) of {os.cpu_count()}; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + ", ".join(f"{name} {number}" for name, number in measured_on.items())
     )
     if not zstd:
         caption += "; zstd left out: pip install zstandard"
     title = f"VGG-19, {count / 1e6:.1f} M weights, pruned by magnitude"
     Console(width=max(120, Console().width)).print(table(results, title, caption))
     if options.json:
-        figures = {"weights": count, "threads": options.threads, "versions": versions}
+        figures = {"weights": count, "threads": options.threads, "machine": measured_on}
         figures["results"] = [row | {"sparsity": s} for s, rows in results.items() for row in rows]
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -11,13 +11,11 @@ left out.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from shared import VGG, machine
 from torch import nn
 
 from slimnets.acceleration import accelerate, export
@@ -32,25 +31,9 @@ from slimnets.acceleration.attention import Swapped
 from slimnets.acceleration.dense import csr
 from slimnets.layers import replace
 
-PACKAGES = ("torch", "numba", "onnxruntime", "openvino")
+PACKAGES = ("numba", "onnxruntime", "openvino")
 EAGER = "PyTorch eager"
 Call = Callable[[], Any]
-
-
-def vgg19(width: int = 64) -> nn.Module:
-    """VGG-19 with batch norm for 32 by 32 images; ``width`` channels in its first layer."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for count, factor in ((2, 1), (2, 2), (4, 4), (4, 8), (4, 8)):
-        for _ in range(count):
-            layers += [
-                nn.Conv2d(channels, width * factor, 3, padding=1, bias=False),
-                nn.BatchNorm2d(width * factor),
-                nn.ReLU(inplace=True),
-            ]
-            channels = width * factor
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 10))
 
 
 def resnet18() -> nn.Module:
@@ -67,10 +50,10 @@ def transformer() -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "vgg19": (vgg19, (3, 32, 32)),
+    "vgg19": (lambda: VGG(19), (3, 32, 32)),
     "resnet18": (resnet18, (3, 224, 224)),
     "transformer": (transformer, (128, 512)),
-    "tiny": (lambda: vgg19(8), (3, 32, 32)),
+    "tiny": (lambda: VGG(19, width=1 / 8), (3, 32, 32)),
 }
 
 
@@ -177,22 +160,6 @@ def in_turn(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def machine() -> dict[str, str]:
-    """Processor and versions."""
-    found = {"python": platform.python_version(), "slimnets": version("slimnets")}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    found["processor"] = models[0] if models else platform.processor()
-    found["instructions"] = torch.backends.cpu.get_cpu_capability()
-    return found
-
-
 def summary(times: list[float]) -> dict[str, float]:
     """Median, spread and minimum."""
     low, _, high = statistics.quantiles(times, n=4)
@@ -258,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         options.network, options.batches, options.threads = "tiny", [2], [1]
         options.zeros, options.rounds, options.no_compile = [0.0, 0.9], 4, True
-    print(json.dumps(machine(), indent=2))
+    print(json.dumps(machine(*PACKAGES), indent=2))
     results, reports = [], {}
     for threads in options.threads:
         torch.set_num_threads(threads)
@@ -277,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     Console(width=160).print(table(results))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine(), "network": options.network, "results": results}
+        content = {"machine": machine(*PACKAGES), "network": options.network, "results": results}
         text = json.dumps({**content, "reports": reports}, indent=1)
         (options.out / "speed.json").write_text(text)
         plot(results, options.out / "speed.png")

@@ -2,40 +2,51 @@
 
     python examples/benchmarks/training_cost.py
 
-Every figure is a ratio of two times measured in turn, A B A B, in this process; the median, and the
-smallest and largest. ``torch.nn.utils.prune`` is what Lightning's ``ModelPruning`` applies.
+Every time is a ratio to another that was measured in turn, A B A B, in this process; the median,
+and the smallest and largest. Steps are those of a Lightning Trainer, in its second epoch. Peaks of
+memory are those of a process for each.
 """
 
 import argparse
 import copy
 import json
+import logging
 import os
-import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
+import lightning as L
 import torch
-from file_size import vgg19
+from lightning.pytorch.callbacks import ModelPruning
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from shared import PAPER_RANKS, machine, random_vgg19
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
+from torch.utils.data import DataLoader, TensorDataset
 
 import slimnets
-from slimnets.distillation import soft_targets
 from slimnets.lowrank.decompose import as_matrix, factors
 from slimnets.pruning.masks import lowest
-from slimnets.pruning.pruner import Pruner
-from slimnets.pruning.weights import target_sparsity
 
-RANKS = (5, 24, 48, 48, 64, 128, 128, 160, 192, 256, 320, 320, 320, 320, 320, 320)
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+Seconds = Callable[[], float]
 
 
 @dataclass
@@ -50,202 +61,281 @@ class Row:
     seconds: float
 
 
-def compare(
-    what: str, against: str, a: Callable[[], object], b: Callable[[], object], rounds: int
-) -> Row:
-    """Time ``a`` and ``b`` in turn."""
-    a(), b()
-    ratios, seconds = [], []
-    for _ in range(rounds):
-        times = []
-        for call in (a, b):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        ratios.append(times[0] / times[1])
-        seconds.append(times[0])
-    middle = statistics.median
-    return Row(what, against, middle(ratios), min(ratios), max(ratios), middle(seconds))
-
-
-class Training:
-    """Steps of SGD with momentum on one batch."""
-
-    def __init__(self, network: nn.Module, batch: int, loss: Callable[..., Tensor]) -> None:
-        self.network, self.loss = network, loss
-        self.images, self.labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-        self.optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
-        self.before_step: Callable[[], object] = lambda: None
-
-    def __call__(self) -> None:
-        """One step."""
-        self.optimizer.zero_grad()
-        self.loss(self.network(self.images), self).backward()
-        self.before_step()
-        self.optimizer.step()
-
-
-def own_loss(logits: Tensor, training: Training) -> Tensor:
-    """The cross entropy."""
-    return F.cross_entropy(logits, training.labels)
-
-
-def pruned_steps(network: nn.Module, batch: int, rounds: int) -> list[Row]:
-    """A step with masks against one without."""
-    plain = Training(copy.deepcopy(network), batch, own_loss)
-    ours = Training(copy.deepcopy(network), batch, own_loss)
-    pruner = Pruner(*target_sparsity(ours.network, 0.9))
-    pruner.grow(pruner.targets)
-    ours.before_step = pruner.mask_gradients
-    ours.optimizer.register_step_post_hook(lambda *_: pruner.apply(pruner.parameters))
-
-    peer = Training(copy.deepcopy(network), batch, own_loss)
-    for layer in peer.network.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            torch_prune.l1_unstructured(layer, "weight", amount=0.9)
-    peer.optimizer = torch.optim.SGD(peer.network.parameters(), lr=1e-4, momentum=0.9)
-    label = f"plain step, batch {batch}"
-    rows = [
-        compare("step under GradualPrune", label, ours, plain, rounds),
-        compare("step under torch.nn.utils.prune", label, peer, plain, rounds),
-    ]
-    for name, mask in pruner.pruned.items():
-        if bool(ours.network.get_parameter(name)[mask].any()):
-            raise SystemExit(f"{name}: a pruned weight is not zero")
+def compare(against: str, calls: Mapping[str, Seconds], rounds: int) -> list[Row]:
+    """The seconds of all others in times of those of the call ``against``, taken in turn."""
+    for call in calls.values():
+        call()
+    times = [{name: call() for name, call in calls.items()} for _ in range(rounds)]
+    rows = []
+    for name in calls:
+        if name != against:
+            ratios = [one[name] / one[against] for one in times]
+            seconds = statistics.median(one[name] for one in times)
+            middle = statistics.median(ratios)
+            rows.append(Row(name, against, middle, min(ratios), max(ratios), seconds))
     return rows
 
 
-def mask_updates(network: nn.Module, sizes: list[int], rounds: int) -> list[Row]:
-    """A global mask update against torch's, and against one of twice the weights."""
+def timed(call: Callable[[], object]) -> Seconds:
+    """``call``, giving the seconds that it takes."""
 
-    def ours() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+class Clock(L.Callback):
+    """The seconds of the last epoch's steps."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin."""
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End, before the callbacks after this one do what they do once an epoch."""
+        self.seconds = time.perf_counter() - self.start
+
+
+class Plain(L.LightningModule):
+    """A network trained by SGD, and maybe a teacher that is only asked."""
+
+    def __init__(self, network: nn.Module, teacher: nn.Module | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.asked = [teacher] if teacher else []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The cross entropy."""
+        images, labels = batch
+        for teacher in self.asked:
+            with torch.no_grad():
+                teacher(images)
+        return F.cross_entropy(self.network(images), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum."""
+        return sgd(self.network.parameters())
+
+
+def sgd(parameters: object) -> torch.optim.Optimizer:
+    """With momentum, and too slow to get anywhere."""
+    return torch.optim.SGD(parameters, lr=1e-5, momentum=0.9)  # type: ignore[arg-type]
+
+
+def gradual() -> list[L.Callback]:
+    """90 % zeros from the first step on."""
+    return [slimnets.GradualPrune(0.9, begin=0, end=0, every=1)]
+
+
+def lightnings() -> list[L.Callback]:
+    """Lightning's callback; it prunes after the first epoch, by ``torch.nn.utils.prune``."""
+    return [ModelPruning("l1_unstructured", amount=0.9, make_pruning_permanent=False)]
+
+
+def nothing() -> list[L.Callback]:
+    """No callback at all."""
+    return []
+
+
+@dataclass
+class Work:
+    """What is trained, and how much."""
+
+    width: float
+    batch: int
+    steps: int
+
+    def network(self) -> nn.Module:
+        """VGG-19, the same each time."""
+        torch.manual_seed(0)
+        return random_vgg19(self.width)
+
+    def plain(self) -> L.LightningModule:
+        """The network alone."""
+        return Plain(self.network())
+
+    def apart(self) -> L.LightningModule:
+        """The network, and a teacher that is only asked."""
+        return Plain(self.network(), self.network().eval().requires_grad_(False))
+
+    def distilled(self) -> L.LightningModule:
+        """The network with a teacher."""
+        return slimnets.DistillationModule(self.network(), self.network(), optimizer=sgd)
+
+    def fit(
+        self,
+        module: Callable[[], L.LightningModule],
+        callbacks: Callable[[], list[L.Callback]] = nothing,
+    ) -> float:
+        """Seconds of the second epoch's steps."""
+        clock, trained = Clock(), module()
+        count = self.batch * self.steps
+        data = TensorDataset(torch.randn(count, 3, 32, 32), torch.randint(10, (count,)))
+        trainer = L.Trainer(max_epochs=2, callbacks=[clock, *callbacks()], **QUIET)  # type: ignore[arg-type]
+        trainer.fit(trained, DataLoader(data, self.batch))
+        return clock.seconds
+
+    def ranks(self) -> list[int]:
+        """The paper's, as far as the network is as wide."""
+        return [max(1, round(rank * self.width)) for rank in PAPER_RANKS.values()]
+
+
+def steps(work: Work, rounds: int) -> list[Row]:
+    """Of pruning and distilling."""
+    plain, apart = "plain step", "student's step + teacher's forward"
+    pruned = {
+        plain: partial(work.fit, work.plain),
+        "step under GradualPrune": partial(work.fit, work.plain, gradual),
+        "step under Lightning's ModelPruning": partial(work.fit, work.plain, lightnings),
+    }
+    distilled = {
+        apart: partial(work.fit, work.apart),
+        "distillation step": partial(work.fit, work.distilled),
+    }
+    return compare(plain, pruned, rounds) + compare(apart, distilled, rounds)
+
+
+def prune_globally(network: nn.Module) -> None:
+    """90 % of all weights, by slimnets."""
+    slimnets.prune(network, 0.9, scope="global")
+
+
+def torch_globally(network: nn.Module) -> None:
+    """90 % of all weights, by torch."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    torch_prune.global_unstructured(
+        [(layer, "weight") for layer in layers], torch_prune.L1Unstructured, amount=0.9
+    )
+
+
+def updates(work: Work, sizes: list[int], rounds: int) -> list[Row]:
+    """A mask update against torch's; and one of more weights against one of the fewest."""
+    network, theirs = work.network(), "prune.global_unstructured"
+
+    def of_a_copy(update: Callable[[nn.Module], None]) -> float:
         copied = copy.deepcopy(network)
-        slimnets.prune(copied, 0.9, scope="global")
+        return timed(partial(update, copied))()
 
-    def theirs() -> None:
-        copied = copy.deepcopy(network)
-        layers = [m for m in copied.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        torch_prune.global_unstructured(
-            [(layer, "weight") for layer in layers], torch_prune.L1Unstructured, amount=0.9
+    calls = {
+        theirs: partial(of_a_copy, torch_globally),
+        "mask update, global": partial(of_a_copy, prune_globally),
+    }
+    rows = compare(theirs, calls, rounds)
+    selections = {
+        f"selection among {size / 1e6:g} M weights": timed(
+            partial(lowest, [torch.randn(size)], int(0.9 * size))
         )
-
-    rows = [compare("mask update, global", "prune.global_unstructured", ours, theirs, rounds)]
-    for smaller, larger in pairwise(sizes):
-        one, two = torch.randn(smaller), torch.randn(larger)
-        rows.append(
-            compare(
-                f"selection among {larger / 1e6:g} M weights",
-                f"among {smaller / 1e6:g} M",
-                lambda scores=two: lowest([scores], int(0.9 * len(scores))),
-                lambda scores=one: lowest([scores], int(0.9 * len(scores))),
-                rounds,
-            )
-        )
-    return rows
+        for size in sizes
+    }
+    return rows + compare(next(iter(selections)), selections, rounds)
 
 
-def factorizing(network: nn.Module, rounds: int, share: float) -> list[Row]:
+def full_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """What factorizing is measured against."""
+    u, s, vh = torch.linalg.svd(as_matrix(weight), full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
+
+
+def convolutions(network: nn.Module) -> list[Tensor]:
+    """The weights of all convolutions."""
+    return [m.weight.detach() for m in network.modules() if isinstance(m, nn.Conv2d)]
+
+
+def factorizing(work: Work, rounds: int) -> list[Row]:
     """The paper's ranks against a full SVD of every layer."""
-    weights = [m.weight.detach() for m in network.modules() if isinstance(m, nn.Conv2d)]
-    ranks = [max(1, round(rank * share)) for rank in RANKS]
-
-    def ours() -> list[tuple[Tensor, Tensor]]:
-        return [factors(w, r) for w, r in zip(weights, ranks, strict=True)]
-
-    def full() -> list[tuple[Tensor, Tensor]]:
-        pairs = []
-        for weight, rank in zip(weights, ranks, strict=True):
-            u, s, vh = torch.linalg.svd(as_matrix(weight), full_matrices=False)
-            root = s[:rank].sqrt()
-            pairs.append((u[:, :rank] * root, root[:, None] * vh[:rank]))
-        return pairs
-
-    for weight, (first, second), (left, right) in zip(weights, ours(), full(), strict=True):
+    pairs = list(zip(convolutions(work.network()), work.ranks(), strict=True))
+    for weight, rank in pairs:
+        (first, second), (left, right) = factors(weight, rank), full_svd(weight, rank)
         own = (weight - torch.einsum("nk...,kc...->nc...", second, first)).norm()
         best = (as_matrix(weight) - left @ right).norm()
         if own > 1.01 * best:
             raise SystemExit(f"error {own:.4g}, that of the full SVD {best:.4g}")
-    return [compare("factorize, the paper's ranks", "full SVD per layer", ours, full, rounds)]
-
-
-def distilling(network: nn.Module, batch: int, rounds: int) -> list[Row]:
-    """A distillation step against the student's step and the teacher's forward pass."""
-    teacher = copy.deepcopy(network).eval().requires_grad_(False)
-    plain = Training(copy.deepcopy(network), batch, own_loss)
-    student = copy.deepcopy(network)
-    module = slimnets.DistillationModule(student, teacher)
-    optimizer = torch.optim.SGD(student.parameters(), lr=1e-4, momentum=0.9)
-
-    def ours() -> None:
-        optimizer.zero_grad()
-        module.training_step((plain.images, plain.labels), 0).backward()
-        optimizer.step()
-
-    def apart() -> None:
-        plain()
-        with torch.no_grad():
-            teacher(plain.images)
-
-    hand = soft_targets(student(plain.images), teacher(plain.images))
-    if not bool(hand.isfinite()):
-        raise SystemExit("the distillation loss is not finite")
-    label = f"student's step + teacher's forward, batch {batch}"
-    return [compare("distillation step", label, ours, apart, rounds)]
-
-
-def memory(network: nn.Module) -> dict[str, float]:
-    """Lasting bytes per prunable weight, beyond those of the plain network."""
-    weights = sum(p.numel() for p in network.parameters() if p.dim() > 1)
-    pruner = Pruner(*target_sparsity(copy.deepcopy(network), 0.9))
-    masks = sum(mask.untyped_storage().nbytes() for mask in pruner.pruned.values())
-    peer = copy.deepcopy(network)
-    before = sum(t.untyped_storage().nbytes() for t in peer.state_dict().values())
-    for layer in peer.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            torch_prune.l1_unstructured(layer, "weight", amount=0.9)
-    after = sum(t.untyped_storage().nbytes() for t in peer.state_dict().values())
-    computed = sum(
-        layer.weight.untyped_storage().nbytes()
-        for layer in peer.modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-    )
-    if masks > weights:
-        raise SystemExit(f"{masks} bytes of masks for {weights} weights")
-    return {
-        "GradualPrune": masks / weights,
-        "torch.nn.utils.prune": (after + computed - before) / weights,
+    calls = {
+        "full SVD per layer": timed(lambda: [full_svd(*pair) for pair in pairs]),
+        "factorize, the paper's ranks": timed(lambda: [factors(*pair) for pair in pairs]),
     }
+    return compare("full SVD per layer", calls, rounds)
+
+
+def peaks(work: Work) -> dict[str, Callable[[], object]]:
+    """What is run in a process of its own; of each pair the second is beside the first."""
+    return {
+        "plain training": lambda: work.fit(work.plain),
+        "GradualPrune": lambda: work.fit(work.plain, gradual),
+        "ModelPruning": lambda: work.fit(work.plain, lightnings),
+        "student and teacher apart": lambda: work.fit(work.apart),
+        "DistillationModule": lambda: work.fit(work.distilled),
+        "no mask update": lambda: work.network(),
+        "mask update, global": lambda: prune_globally(work.network()),
+        "prune.global_unstructured": lambda: torch_globally(work.network()),
+        "factorize": lambda: [
+            factors(*pair) for pair in zip(convolutions(work.network()), work.ranks(), strict=True)
+        ],
+        "full SVD per layer": lambda: [
+            full_svd(*pair) for pair in zip(convolutions(work.network()), work.ranks(), strict=True)
+        ],
+    }
+
+
+BESIDE = {
+    "GradualPrune": "plain training",
+    "ModelPruning": "plain training",
+    "DistillationModule": "student and teacher apart",
+    "mask update, global": "no mask update",
+    "prune.global_unstructured": "no mask update",
+    "factorize": "no mask update",
+    "full SVD per layer": "no mask update",
+}
+
+
+def memory(work: Work, names: list[str], arguments: list[str]) -> dict[str, float]:
+    """Bytes of peak memory per prunable weight, beyond that of what each stands beside."""
+    weights = sum(p.numel() for p in work.network().parameters() if p.dim() > 1)
+    found = {}
+    for name in dict.fromkeys([*names, *(BESIDE[name] for name in names)]):
+        command = [sys.executable, __file__, *arguments, "--peak", name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[name] = int(done.stdout.split()[-1])
+    return {name: (found[name] - found[BESIDE[name]]) / weights for name in names}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the tables, and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--quick", action="store_true", help="a narrow network, each time once")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    rounds, batch = (1, 4) if options.quick else (options.rounds, options.batch)
-    network = vgg19(width=8 if options.quick else 64)
+    work = Work(1 / 8, 4, 1) if options.quick else Work(1, options.batch, 3)
+    rounds = 1 if options.quick else options.rounds
     sizes = [10**5, 2 * 10**5] if options.quick else [20 * 10**6, 100 * 10**6, 300 * 10**6]
+    if options.peak:
+        peaks(work)[options.peak]()
+        unit = 1 if sys.platform == "darwin" else 1024
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        return
 
     rows = [
-        *pruned_steps(network, batch, rounds),
-        *mask_updates(network, sizes, min(rounds, 3)),
-        *factorizing(network, min(rounds, 3), 1 / 8 if options.quick else 1),
-        *distilling(network, batch, rounds),
+        *steps(work, rounds),
+        *updates(work, sizes, min(rounds, 3)),
+        *factorizing(work, min(rounds, 3)),
     ]
-    lasting = memory(network)
-
-    versions = {name: version(name) for name in ("torch", "slimnets")}
-    versions |= {"python": platform.python_version()}
+    measured_on = machine("lightning")
     shown = Table(
-        title="VGG-19 for 32 x 32 images",
-        caption=f"median of {rounds} rounds in turn; {options.threads} thread(s); "
-        + ", ".join(f"{name} {number}" for name, number in versions.items()),
+        title=f"VGG-19 for 32 x 32 images, batch {work.batch}",
+        caption=f"median of {rounds} rounds in turn, of three of updates and factorizing; "
+        f"{options.threads} thread(s); "
+        + ", ".join(f"{name} {number}" for name, number in measured_on.items()),
         box=SIMPLE_HEAD,
     )
     for heading in ("", "in times of", "ratio", "smallest to largest", "seconds"):
@@ -255,11 +345,19 @@ def main(arguments: list[str] | None = None) -> None:
         shown.add_row(row.what, row.against, f"{row.ratio:.3f}", spread, f"{row.seconds:.3f}")
     console = Console(width=max(120, Console().width))
     console.print(shown)
-    for name, share in lasting.items():
-        console.print(f"{name}: {share:.2f} lasting bytes per prunable weight")
+
+    small = ["--quick"] if options.quick else ["--batch", "8"]
+    names = list(BESIDE)[:1] if options.quick else list(BESIDE)
+    peak = memory(work, names, [*small, "--threads", str(options.threads)])
+    shown = Table(title="peak memory", box=SIMPLE_HEAD)
+    for heading in ("", "beyond", "bytes per prunable weight"):
+        shown.add_column(heading)
+    for name, share in peak.items():
+        shown.add_row(name, BESIDE[name], f"{share:+.2f}")
+    console.print(shown)
     if options.json:
-        figures = {"threads": options.threads, "batch": batch, "versions": versions}
-        figures |= {"rows": [asdict(row) for row in rows], "lasting_bytes_per_weight": lasting}
+        figures = {"threads": options.threads, "batch": work.batch, "machine": measured_on}
+        figures |= {"rows": [asdict(row) for row in rows], "peak_bytes_per_weight": peak}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 

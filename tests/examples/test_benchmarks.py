@@ -1,0 +1,54 @@
+"""Every benchmark runs in its quick mode, checks what it computes, and writes its figures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+
+
+def quick(script: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / script, "--quick", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def figures(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert {"torch", "slimnets", "processor"} <= set(found["machine"])
+    return found
+
+
+def test_file_size(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    assert "slimnets.save, int8" in quick("file_size.py", "--json", path)
+    assert {row["sparsity"] for row in figures(path)["results"]} == {0.5, 0.9}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_training_cost(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    assert "bytes per prunable weight" in quick("training_cost.py", "--json", path)
+    compared = {row["what"] for row in figures(path)["rows"]}
+    assert {"step under GradualPrune", "distillation step"} <= compared
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_speed(tmp_path: Path) -> None:
+    assert "slimnets 90%" in quick("speed.py", "--out", tmp_path)
+    names = {row["name"] for row in figures(tmp_path / "speed.json")["results"]}
+    assert {"PyTorch eager", "slimnets 90%"} <= names
+    assert (tmp_path / "speed.png").stat().st_size > 1000
