@@ -100,7 +100,7 @@ def load_bitmask(path: Path, network: nn.Module) -> None:
 def reparametrized(network: nn.Module) -> nn.Module:
     """A copy pruned as ``torch.nn.utils.prune`` does it, with masks and originals."""
     network = copy.deepcopy(network)
-    for layer in network:
+    for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             torch_prune.custom_from_mask(layer, "weight", layer.weight != 0)
     return network

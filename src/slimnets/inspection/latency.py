@@ -61,7 +61,7 @@ def undisturbed(*networks: nn.Module) -> Iterator[None]:
     """Put ``networks`` in eval mode for a while, and their modes and the random state back."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     devices = {device_of(network) for network in networks} - {torch.device("cpu")}
-    kind = next(iter(devices)).type if devices else None
+    kind = next(iter(devices)).type if devices else "cuda"  # torch 2.6 takes no None
     with torch.random.fork_rng(devices, device_type=kind):
         try:
             for network in networks:
