@@ -9,25 +9,42 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.loops.loop import _Loop
+from torch import Tensor
 
 
 class ExactResume(L.Callback):
-    """Keep the state of the random generators in checkpoints, and restore it on resume.
+    """Let a run that is resumed from a checkpoint go on as if it had never been interrupted.
 
-    Lightning's checkpoints have none, so that a resumed run shuffles, augments and drops out
-    differently. With this callback a run resumed from a checkpoint of the end of an epoch continues
-    bit for bit; from the middle of an epoch it does if the training loader keeps its place, as
-    torchdata's ``StatefulDataLoader`` does.
+    Lightning's checkpoints hold no state of the random generators, so that a resumed run shuffles,
+    augments and drops out differently. With this callback in the run that saves and in the run
+    that resumes, weights, optimizers, masks and what is logged by the step go on bit for bit, on a
+    CPU or with deterministic kernels:
+
+    - from a checkpoint of the end of an epoch, with any loader that draws from the global
+      generators, or with torchdata's ``StatefulDataLoader``;
+    - from one of the middle of an epoch, as ``ModelCheckpoint(every_n_train_steps=...)`` saves it,
+      in one process and with a ``StatefulDataLoader`` that knows its length. Any other loader
+      begins its epoch anew.
 
     Kept are Python's, NumPy's and torch's global generators, on the CPU and on CUDA devices, of
-    every process.
+    every process; gradients that are being accumulated; and what Lightning drops when it resumes:
+    the loader's place at the end of an epoch, and the validation and the end of an epoch that were
+    still to come when a checkpoint was saved after a batch.
+
+    Not kept are generators of your own; those in a loader's workers, if the data set draws from
+    them and the checkpoint is of the middle of an epoch; the sums behind values that are logged
+    once an epoch (they are of the batches since the checkpoint); and gradients that manual
+    optimization, or one of several processes, is accumulating. ``on_train_start`` is called once
+    more, and should draw no random numbers.
 
     Examples:
         >>> trainer = L.Trainer(max_epochs=10, callbacks=[ExactResume()], logger=False)
     """
 
     def __init__(self) -> None:
-        self._restored: list[dict[str, Any]] | None = None
+        self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget what another run has restored."""
@@ -41,25 +58,62 @@ class ExactResume(L.Callback):
             dist.all_gather_object(states, _random_state())
         return {"ranks": states}
 
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what is unfinished: an accumulation of gradients, and what is due after a batch."""
+        state = checkpoint["callbacks"][self.state_key]
+        state["due"] = _due_after_batch(trainer)
+        state["gradients"] = _open_gradients(trainer, pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Call the batch completed if something is due after it, lest Lightning skips that."""
+        if checkpoint.get("callbacks", {}).get(self.state_key, {}).get("due"):
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                counts["completed"] = counts["processed"]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until the run starts."""
-        self._restored = state_dict["ranks"]
+        self._restored = state_dict
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the states, before the training loader draws its seed.
+        """Restore the generators, before a loader that begins an epoch draws its seed.
 
         Raises:
             ValueError: If the checkpoint is of another number of processes.
         """
-        states, self._restored = self._restored, None
-        if states is None:
+        if self._restored is None:
             return
+        states = self._restored["ranks"]
         if len(states) != trainer.world_size:
             raise ValueError(
                 f"the checkpoint is of {len(states)} processes and this run has "
                 f"{trainer.world_size}: resume with as many, or without ExactResume"
             )
         _set_random_state(states[trainer.global_rank])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore what the loader may have disturbed, now that it is set up, and what is open."""
+        restored, self._restored = self._restored, None
+        if restored is None:
+            return
+        loop, random_state = trainer.fit_loop, restored["ranks"][trainer.global_rank]
+        if loop.restarting and not loop.restarted_on_epoch_end:
+            _set_random_state(random_state)  # the loader has drawn its seed long ago
+        else:
+            _begin_next_epoch(trainer, random_state)
+        for name, parameter in pl_module.named_parameters():
+            if name in (gradients := restored.get("gradients", {})):
+                parameter.grad = gradients[name].to(parameter)
+        if restored.get("due") == "validation":
+            loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+        elif restored.get("due") == "end of epoch":
+            assert loop._data_fetcher is not None
+            loop._data_fetcher.iterator = iter(())  # else one more batch would be trained
+            loop.epoch_loop._batches_that_stepped += 1
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -83,6 +137,46 @@ def _is_whole(path: Path) -> bool:
             return archive.testzip() is None
     except (zipfile.BadZipFile, OSError):
         return False
+
+
+def _due_after_batch(trainer: L.Trainer) -> str | None:
+    """What comes after a batch whose ``on_train_batch_end`` saves, before the next batch."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    progress = loop.batch_progress.current
+    if fetcher is None or progress.completed == progress.processed:  # type: ignore[attr-defined]
+        return None
+    if loop._should_check_val_fx(fetcher):
+        return "validation"
+    return "end of epoch" if loop._num_ready_batches_reached() else None
+
+
+def _open_gradients(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+    """The gradients by parameter name, if the next batch is to add to them."""
+    if trainer.world_size > 1 or not trainer.fit_loop._should_accumulate():
+        return {}
+    named = pl_module.named_parameters()
+    return {name: weights.grad for name, weights in named if weights.grad is not None}
+
+
+def _begin_next_epoch(trainer: L.Trainer, random_state: dict[str, Any]) -> None:
+    """Begin the epoch after the one at whose end the checkpoint was saved."""
+    loop = trainer.fit_loop
+    places = loop._combined_loader_states_to_load
+    assert loop._combined_loader is not None and loop._data_fetcher is not None
+    if loop.restarted_on_epoch_end:  # with max_steps, Lightning would end that epoch once more
+        _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
+        loop.update_restart_stage()
+        loop.epoch_progress.increment_completed()
+    elif places and not trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        # Lightning restores the place of a loader in the middle of an epoch only, and the sampler
+        # of a new loader would go back to the first epoch
+        loop._combined_loader_states_to_load = []
+        loop._combined_loader._load_state_dicts(places)
+        iter(loop._data_fetcher)
+    else:
+        return  # the loader has begun the epoch, with the generators of on_fit_start
+    _set_random_state(random_state)
+    iter(loop._data_fetcher)
 
 
 def _random_state() -> dict[str, Any]:
