@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -98,20 +96,6 @@ def test_the_yaml_goes_on_from_quickstarts_teacher(quickstart: tuple[Path, str])
     assert f"{path.stat().st_size:,} bytes" in printed
     with example("quickstart") as module:
         assert zeros(slimnets.load(path, module.Classifier())) == pytest.approx(0.9, abs=0.001)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 120 images in CIFAR-10's layout."""
-    folder = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
-    for label in range(10):
-        image = Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-        for part, count in (("train", 8), ("test", 4)):
-            (folder / part / f"class{label}").mkdir(parents=True)
-            for index in range(count):
-                image.save(folder / part / f"class{label}" / f"{index}.png")
-    return folder
 
 
 def cifar10(folder: Path, images: Path, *options: object) -> tuple[str, Path]:

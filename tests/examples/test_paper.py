@@ -1,0 +1,95 @@
+"""The paper's tables: runs go on from each other, are not done twice, and end in a page."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from examples.networks import NETWORKS, VGG
+
+PAPER = Path(__file__).parents[2] / "examples" / "paper"
+PROGRAM = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import reproduce
+from runs import Run, pruned
+from train import Settings, result
+import results
+folder, images = Path("paper"), Path(sys.argv[1])
+reference = Path("reference.safetensors")
+settings = Settings(folder, images, epochs=2, reference_epochs=7, reference=reference,
+                    answers=1, batch_size=8, device="cpu", batches=2)
+taught = Run("cnn-1k", distilled=True)
+result(Run("cnn-1k", of=taught, sparsity=0.75, rank=0.5, distilled=True), 1, settings)
+result(Run("cnn-1k"), 0, settings)
+results.main(["--folder", str(folder), "--out", "docs"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_runs_and_their_page(tmp_path: Path, images: Path) -> None:
+    save_file(VGG(19).state_dict(), tmp_path / "reference.safetensors")
+
+    def run() -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, images],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PAPER)},
+            capture_output=True,
+            text=True,
+            timeout=800,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    run()
+    folder = tmp_path / "paper"
+    found = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    last = "cnn-1k-distilled-then-gradual75-spatial0.5-distilled-seed1.json"
+    assert set(found) == {
+        "vgg19-seed0.json",
+        "cnn-1k-seed0.json",
+        "cnn-1k-distilled-seed1.json",
+        last,
+    }
+    assert {name: one["epochs"] for name, one in found.items()} == {
+        "vgg19-seed0.json": 7,
+        "cnn-1k-seed0.json": 2,
+        "cnn-1k-distilled-seed1.json": 2,
+        last: 4,
+    }
+    assert found[last]["nonzeros"] == pytest.approx(0.25 * found[last]["weights"], rel=0.001)
+    assert len(found[last]["accuracies"]) == 2
+    sizes = [found[last]["files"][form]["bytes"] for form in ("float32", "float16", "int8")]
+    assert sizes == sorted(sizes, reverse=True)
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "| cnn-1k |" in page
+    assert (tmp_path / "docs" / "results" / "bytes.png").stat().st_size > 1000
+
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    run()
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.json")} == written
+
+
+def test_all_tables_name_networks_that_there_are() -> None:
+    program = """
+import reproduce
+for runs in reproduce.TABLES.values():
+    for run in runs:
+        print(*(f"{one.network}={one.name}" for one in reproduce.needed(run)), sep="\\n")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(PAPER)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    named = dict(line.split("=")[::-1] for line in done.stdout.split())
+    assert set(named.values()) <= set(NETWORKS)
+    assert len(named) > 40
