@@ -1,9 +1,10 @@
 """What is asked of the arguments and the batches of a DistillationModule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -128,6 +129,19 @@ def no_logits(student: nn.Module, logits: str | None) -> str:
     return message
 
 
+def refuse_undistilled(student: nn.Module, logits: str | None, optimizer: Optimizer) -> None:
+    """Raise RuntimeError if a step of ``optimizer`` would train what returns the logits.
+
+    For a first step under manual optimization that nothing has been distilled into; the
+    discriminator of a GAN may go before the generator.
+    """
+    trained = set(observed_module(student, logits).parameters())
+    if any(
+        parameter in trained for group in optimizer.param_groups for parameter in group["params"]
+    ):
+        raise RuntimeError(no_logits(student, logits))
+
+
 def input_and_target(batch: Any) -> tuple[Any, Any]:
     """The two halves of a batch for a plain ``nn.Module``.
 
@@ -175,3 +189,14 @@ def name_of(function: Callable[..., Any]) -> str:
     function = getattr(function, "func", function)
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn of what a checkpoint was distilled with, ``before``, and a run that goes on is not."""
+    for name, value in before.items():
+        if value == now[name]:
+            continue
+        if name == "teacher":
+            rank_zero_warn("teacher: not the one that the checkpoint was distilled from")
+        else:
+            rank_zero_warn(f"{name}={now[name]}: {value} in the checkpoint")

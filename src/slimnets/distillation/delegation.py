@@ -6,13 +6,18 @@ overridden and what arguments they take, and keeps on it what ``self.log`` needs
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 import lightning as L
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from lightning.pytorch.utilities.parsing import (
+    lightning_getattr,
+    lightning_hasattr,
+    lightning_setattr,
+)
+from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type[L.LightningModule])
@@ -37,6 +42,8 @@ HOOKS = (
     "lr_scheduler_step",
 )
 SETTINGS = ("automatic_optimization", "strict_loading", "example_input_array")
+LOOKED_FOR = ("lr", "learning_rate", "batch_size", "backbone", "flops_per_batch")
+"""What Lightning's finders, finetuning and throughput monitor look for in a module, by name."""
 BOOKKEEPING = ("_current_fx_name", "_metric_attributes")
 
 
@@ -68,6 +75,8 @@ def delegates_to_student(cls: C) -> C:
             setattr(cls, name, hook)
     for name in SETTINGS:
         setattr(cls, name, _setting(name))
+    for name in LOOKED_FOR:
+        setattr(cls, name, _looked_for(name))
     for name in BOOKKEEPING:
         setattr(cls, name, _mirrored(name))
     return cls
@@ -121,6 +130,31 @@ def _setting(name: str) -> property:
     return property(get, set_)
 
 
+def _looked_for(name: str) -> property:
+    """The student's attribute or hyper-parameter where it has one, else an ordinary attribute."""
+
+    def holder(module: L.LightningModule) -> L.LightningModule | None:
+        student = inner(module)
+        return student if student is not None and lightning_hasattr(student, name) else None
+
+    def get(module: L.LightningModule) -> Any:
+        student = holder(module)
+        if student is not None:
+            return lightning_getattr(student, name)
+        if name in vars(module):
+            return vars(module)[name]
+        raise AttributeError(name)  # whereupon nn.Module looks among its submodules
+
+    def set_(module: L.LightningModule, value: Any) -> None:
+        student = holder(module)
+        if student is None:
+            vars(module)[name] = value
+        else:
+            lightning_setattr(student, name, value)
+
+    return property(get, set_)
+
+
 def _mirrored(name: str) -> property:
     """What Lightning writes on the outer module, and ``log`` of the inner one reads there."""
 
@@ -156,6 +190,24 @@ def _rename(state: dict[str, Any], new_name: Callable[[str], str]) -> None:
     items = [(new_name(key), value) for key, value in state.items()]
     state.clear()
     state.update(items)
+
+
+@contextmanager
+def weighed_backward(
+    student: nn.Module,
+    weigh: Callable[[Tensor], Tensor],
+    paused: Callable[[], AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Let ``student.manual_backward`` take what ``weigh`` makes of its loss, while ``paused``."""
+    plain = cast(L.LightningModule, student).manual_backward
+
+    def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        total = weigh(loss)
+        with paused():
+            plain(total, *args, **kwargs)
+
+    with replaced(student, "manual_backward", manual_backward):
+        yield
 
 
 @contextmanager

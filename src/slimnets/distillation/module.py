@@ -1,15 +1,14 @@
 """Train a student on its own task and on its teacher's outputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,13 +22,15 @@ from slimnets.distillation.arguments import (
     name_of,
     no_logits,
     observed_module,
+    refuse_undistilled,
+    warn_of_changes,
 )
 from slimnets.distillation.delegation import (
     delegates_to_student,
     inner,
-    replaced,
     student_hook,
     students_keys,
+    weighed_backward,
 )
 from slimnets.distillation.losses import soft_targets
 from slimnets.distillation.observation import (
@@ -42,8 +43,6 @@ from slimnets.distillation.observation import (
 from slimnets.distillation.teacher import Teacher, load_weights
 from slimnets.lowrank.modules import restructure
 from slimnets.trainer import copy_averages_anew
-
-STAGES = {"training_step": "train", "validation_step": "val", "test_step": "test"}
 
 
 @delegates_to_student
@@ -64,7 +63,7 @@ class DistillationModule(L.LightningModule):
     Under manual optimization every loss given to ``self.manual_backward`` is weighted by
     ``1 - alpha``, and the distillation loss of the forward passes since the call before is added to
     it, in full: a step that divides its loss to accumulate gradients divides in ``loss``, too.
-    Callbacks are given this module; the student is ``pl_module.student``.
+    Callbacks are given this module: its ``student``, whose ``lr``, ``batch_size`` it also shows.
 
     The teacher is put into eval mode, and its parameters no longer require gradients. It is no
     submodule, so that it is in no checkpoint, optimizer or ``parameters()``; it moves to the
@@ -133,15 +132,14 @@ class DistillationModule(L.LightningModule):
         self._optimizer = torch.optim.AdamW if optimizer is None else optimizer
         self._has_distilled = False
 
-        own = {"alpha": alpha, "temperature": temperature, "logits": logits}
+        own: dict[str, Any] = {"alpha": alpha, "temperature": temperature, "logits": logits}
         if isinstance(student, L.LightningModule):
             self.prepare_data_per_node = student.prepare_data_per_node
             self.allow_zero_length_dataloader_with_multiple_devices = (
                 student.allow_zero_length_dataloader_with_multiple_devices
             )
-            self.save_hyperparameters({**own, "student": dict(student.hparams)})
-        else:
-            self.save_hyperparameters(own)
+            own["student"] = dict(student.hparams)
+        self.save_hyperparameters(own)
 
     @property
     def teacher(self) -> nn.Module:
@@ -170,14 +168,19 @@ class DistillationModule(L.LightningModule):
         report = Report(batch)
         total = self._weighted(loss, seen.take(), report)
         report.add("loss", total)
-        self._log(name, report)
+        report.log(self, name)
         return total
 
     def _students_training_step(
         self, name: str, step: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         report = Report(args[0] if args else None)
-        with self._observed(training=True) as seen, self._distilled_backward(seen, report):
+        with (
+            self._observed(training=True) as seen,
+            weighed_backward(
+                self.student, lambda loss: self._weighted(loss, seen.take(), report), seen.paused
+            ),
+        ):
             output = step(*args, **kwargs)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if self.automatic_optimization and isinstance(loss, Tensor):
@@ -186,7 +189,7 @@ class DistillationModule(L.LightningModule):
                 raise RuntimeError(no_logits(self.student, self._logits))
             total = self._weighted(loss, passes, report)
             output = {**output, "loss": total} if isinstance(output, Mapping) else total
-        self._log(name, report)
+        report.log(self, name)
         return output
 
     def _students_evaluation_step(
@@ -197,7 +200,7 @@ class DistillationModule(L.LightningModule):
             output = step(*args, **kwargs)
         if passes := seen.take():
             distillation_loss(self._loss, passes, report)
-        self._log(name, report)
+        report.log(self, name)
         return output
 
     @student_hook(around=_students_training_step)
@@ -232,7 +235,7 @@ class DistillationModule(L.LightningModule):
         if student is None:
             return
         if not self.automatic_optimization and not self._has_distilled:
-            raise RuntimeError(no_logits(student, self._logits))
+            refuse_undistilled(student, self._logits, optimizer)
         student.on_before_optimizer_step(optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -250,14 +253,7 @@ class DistillationModule(L.LightningModule):
             with students_keys(checkpoint):
                 student.on_load_checkpoint(checkpoint)
         self._restructure(checkpoint["state_dict"])
-        settings = self._settings()
-        for name, before in checkpoint.get("distillation", settings).items():
-            if before == settings[name]:
-                continue
-            if name == "teacher":
-                rank_zero_warn("teacher: not the one that the checkpoint was distilled from")
-            else:
-                rank_zero_warn(f"{name}={settings[name]}: {before} in the checkpoint")
+        warn_of_changes(checkpoint.get("distillation", {}), self._settings())
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -293,20 +289,6 @@ class DistillationModule(L.LightningModule):
         self._teacher.to(self._student_device())
         return self._teacher(*args, **kwargs)
 
-    @contextmanager
-    def _distilled_backward(self, seen: Observation, report: Report) -> Iterator[None]:
-        """Let ``manual_backward``, which manual optimization calls, take the weighted sum."""
-        student = cast(L.LightningModule, self.student)
-        plain = student.manual_backward
-
-        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            total = self._weighted(loss, seen.take(), report)
-            with seen.paused():
-                plain(total, *args, **kwargs)
-
-        with replaced(student, "manual_backward", manual_backward):
-            yield
-
     def _weighted(self, loss: Tensor, passes: list[Pass], report: Report) -> Tensor:
         report.add("student_loss", loss)
         total = (1 - self._alpha) * loss
@@ -314,16 +296,3 @@ class DistillationModule(L.LightningModule):
             total = total + self._alpha * distillation_loss(self._loss, passes, report)
             self._has_distilled = True
         return total
-
-    def _log(self, name: str, report: Report) -> None:
-        if self._trainer is None or self._trainer.barebones:
-            return
-        stage = STAGES[name]
-        for key, value in report.items():
-            self.log(
-                f"{stage}/{key}",
-                value,
-                prog_bar=key == "loss",
-                sync_dist=stage != "train",
-                batch_size=max(report.samples, 1),
-            )

@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from slimnets.distillation.losses import logits_of
+
+STAGES = {"training_step": "train", "validation_step": "val", "test_step": "test"}
 
 
 class Pass(NamedTuple):
@@ -110,11 +113,20 @@ class Report:
             self.add("student_accuracy", _accuracy(student, self._target))
             self.add("teacher_accuracy", _accuracy(teacher, self._target))
 
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Each name with its value: of losses the sum, of the others the mean."""
+    def log(self, module: L.LightningModule, step: str) -> None:
+        """Log below the name of the stage of ``step``: of losses the sum, of others the mean."""
+        if module._trainer is None or module.trainer.barebones:
+            return
+        stage = STAGES[step]
         for name, values in self._values.items():
             stacked = torch.stack(values)
-            yield name, stacked.sum() if name.endswith("loss") else stacked.mean()
+            module.log(
+                f"{stage}/{name}",
+                stacked.sum() if name.endswith("loss") else stacked.mean(),
+                prog_bar=name == "loss",
+                sync_dist=stage != "train",
+                batch_size=max(self.samples, 1),
+            )
 
 
 def distillation_loss(

@@ -145,9 +145,10 @@ class LowRank(L.Callback):
         Raises:
             ValueError: If the checkpoint was made without this callback, and its layers are dense.
         """
-        if trainer.ckpt_path is not None:  # and not the trial run of a LearningRateFinder
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        if not is_fitting or checkpoint["global_step"] != self._start:  # and not by a finder
             self._originals = {}  # the weights of the rest are those of the checkpoint by now
-        if trainer.state.fn != TrainerFn.FITTING:
+        if not is_fitting:
             return
         now = self._arguments()
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
@@ -234,6 +235,25 @@ class LowRank(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Put the original layers back, unless training has begun."""
+        self._put_back(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the summary to TensorBoard."""
+        if writes_summary(trainer, self):
+            log_summary(trainer, compressed_network(pl_module))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave nothing behind but the pairs; and not them if no step was made, as by a Tuner."""
+        self._put_back(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arguments, to be compared on resume, and the step of ``at``.
+
+        Ranks follow from the shapes of the weights.
+        """
+        return {"arguments": self._arguments(), "step": self._step, "done": self._done}
+
+    def _put_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step > self._start:
             self._originals = {}
         present = dict(pl_module.named_modules())
@@ -243,22 +263,6 @@ class LowRank(L.Callback):
                 layer.to(next(present[path].parameters()))
                 replace(pl_module, path, layer)
         self._release()
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the summary to TensorBoard."""
-        if writes_summary(trainer, self):
-            log_summary(trainer, compressed_network(pl_module))
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave nothing behind but the pairs."""
-        self._release()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The arguments, to be compared on resume, and the step of ``at``.
-
-        Ranks follow from the shapes of the weights.
-        """
-        return {"arguments": self._arguments(), "step": self._step, "done": self._done}
 
     def _plan(self, network: nn.Module) -> Plan:
         return plan(

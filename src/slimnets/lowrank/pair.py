@@ -208,6 +208,8 @@ def _empty(
         device=like.device,
         **geometry,
     )
+    if not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
+        new.to(memory_format=torch.channels_last)  # or every pass would convert the weight
     new.weight.requires_grad_(like.requires_grad)
     if new.bias is not None and bias is not None:
         new.bias.requires_grad_(bias.requires_grad)
