@@ -303,6 +303,28 @@ def test_both_networks_of_a_gan_are_pruned_by_the_steps_of_their_own_optimizers(
     assert discriminator.index(discriminator[-1]) == 5
 
 
+class Unwrapped(Classifier):
+    """Steps an optimizer that Lightning does not wrap, and so does not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+def test_steps_that_lightning_does_not_count(make_trainer):
+    module = distilled(Unwrapped)
+    trainer = make_trainer(max_epochs=1, callbacks=stack(begin=0, end=6, every=1))
+    trainer.fit(module, small_data())
+    assert trainer.global_step == 0
+    assert_compressed(module.student.network)
+
+
 class Late(Classifier):
     """Makes its layers in ``configure_model``."""
 

@@ -227,8 +227,8 @@ class LowRank(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """After the first step forget the original layers: what is learned now is in the pairs."""
-        if trainer.global_step > self._start:
+        """After the first step forget the original layers; not every manual step is counted."""
+        if trainer.global_step > self._start or not pl_module.automatic_optimization:
             self._originals = {}
 
     def on_exception(
