@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from slimnets import ExactResume, GradualPrune
 from slimnets.resume import last_checkpoint
@@ -15,6 +18,9 @@ from tests.support import Classifier, small_data, small_network
 pytestmark = [  # a resumed run writes elsewhere here, and not always checkpoints
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+    # torchdata's own use of an API that torch deprecates
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
 ]
 
 
@@ -60,6 +66,114 @@ def test_a_run_resumed_from_an_epoch_continues_bit_for_bit(make_trainer, tmp_pat
         assert all(torch.equal(a[key], b[key]) for key in a)
     first, second = (t.callbacks[0].masks for t in (trainer, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Rows(Logger):
+    """What was logged, by step."""
+
+    name, version = "rows", 0
+
+    def __init__(self):
+        super().__init__()
+        self.rows = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.setdefault(step, {}).update(metrics)
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+
+class SaveAfterEveryBatch(L.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        trainer.save_checkpoint(self.folder / f"{batches:02}.ckpt")
+
+
+def fit_from(make_trainer, save, loader=StatefulDataLoader, validate=True, ckpt_path=None, **more):
+    """Two epochs of four batches.
+
+    Returns:
+        What must be the same, and what was logged.
+    """
+    L.seed_everything(1 if ckpt_path is None else 2, verbose=False)
+    module, rows = Noisy(), Rows()
+    arguments = {"max_epochs": 2, "logger": rows, "log_every_n_steps": 1, **more}
+    prune = GradualPrune(0.9, begin=1, end=3, every=1)
+    trainer = make_trainer(
+        callbacks=[prune, ExactResume(), save],
+        enable_checkpointing=isinstance(save, ModelCheckpoint),
+        **arguments,
+    )
+    data = loader(small_data(32).dataset, batch_size=8, shuffle=True)
+    trainer.fit(module, data, small_data(8) if validate else None, ckpt_path=ckpt_path)
+    optimizer = trainer.optimizers[0].state_dict()["state"]
+    tensors = [*module.state_dict().values(), torch.get_rng_state()]
+    tensors += [value for state in optimizer.values() for value in state.values()]
+    return tensors, rows.rows
+
+
+def assert_goes_on_from_each(make_trainer, tmp_path, make_save, **arguments):
+    whole, logged = fit_from(make_trainer, make_save(tmp_path / "whole"), **arguments)
+    *checkpoints, _ = sorted((tmp_path / "whole").glob("*.ckpt"))  # the last is of the end
+    assert checkpoints
+    for path in checkpoints:
+        again, rows = fit_from(
+            make_trainer, make_save(tmp_path / "again"), ckpt_path=path, **arguments
+        )
+        for a, b in zip(whole, again, strict=True):
+            assert torch.equal(a, b), path.name
+        begin = min(step for step, row in rows.items() if {"train_loss", "val_loss"} & row.keys())
+        for step in (step for step in logged if step > begin):
+            for name in ("train_loss", "sparsity", "val_loss", "epoch"):
+                assert logged[step].get(name) == rows[step].get(name), (path.name, step, name)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"validate": False},
+        {"val_check_interval": 0.5},
+        {"accumulate_grad_batches": 3},
+        {"max_steps": 7, "max_epochs": -1},
+    ],
+)
+def test_a_run_resumed_from_any_batch_continues_bit_for_bit(make_trainer, tmp_path, arguments):
+    assert_goes_on_from_each(make_trainer, tmp_path, SaveAfterEveryBatch, **arguments)
+
+
+@pytest.mark.parametrize("loader", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"save_on_train_epoch_end": False},  # at the end of validation
+        {"max_steps": 7, "max_epochs": -1},
+        {"max_steps": 7, "max_epochs": -1, "validate": False},
+    ],
+)
+def test_any_loader_goes_on_from_the_end_of_an_epoch(make_trainer, tmp_path, loader, arguments):
+    def save(folder):
+        return ModelCheckpoint(
+            folder, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=at
+        )
+
+    arguments = dict(arguments)
+    at = arguments.pop("save_on_train_epoch_end", True)
+    assert_goes_on_from_each(make_trainer, tmp_path, save, loader=loader, **arguments)
+
+
+def test_another_loader_begins_its_epoch_anew(make_trainer, tmp_path):
+    """The limit that the docstring names."""
+    saved = SaveAfterEveryBatch(tmp_path)
+    whole, _ = fit_from(make_trainer, saved, loader=DataLoader)
+    with pytest.warns(UserWarning, match="your dataloader is not resumable"):
+        again, _ = fit_from(make_trainer, saved, loader=DataLoader, ckpt_path=tmp_path / "02.ckpt")
+    assert not torch.equal(whole[0], again[0])
 
 
 def test_without_it_the_run_differs(make_trainer, tmp_path, monkeypatch):

@@ -35,9 +35,10 @@ class ExactResume(L.Callback):
 
     Not kept are generators of your own; those in a loader's workers, if the data set draws from
     them and the checkpoint is of the middle of an epoch; the sums behind values that are logged
-    once an epoch (they are of the batches since the checkpoint); and gradients that manual
-    optimization, or one of several processes, is accumulating. ``on_train_start`` is called once
-    more, and should draw no random numbers.
+    once an epoch (they are of the batches since the checkpoint); gradients that manual
+    optimization, or one of several processes, is accumulating; and what a logger has not written
+    yet: the row of a step comes after the checkpoint of that step. ``on_train_start`` is called
+    once more, and should draw no random numbers.
 
     Examples:
         >>> trainer = L.Trainer(max_epochs=10, callbacks=[ExactResume()], logger=False)
