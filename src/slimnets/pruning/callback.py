@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -14,6 +13,13 @@ from slimnets.inspection.tensorboard import log_masks, log_summary, log_weights
 from slimnets.layers import Selectors, as_selectors, compressed_network
 from slimnets.pruning.criteria import magnitude
 from slimnets.pruning.pruner import Pruner
+from slimnets.pruning.report import (
+    overall,
+    scalars,
+    warn_at_end,
+    warn_at_start,
+    warn_of_changes,
+)
 from slimnets.pruning.schedules import check_schedule, cubic
 from slimnets.pruning.span import Span, Steps, check_span, resolve_span
 from slimnets.pruning.weights import (
@@ -22,7 +28,6 @@ from slimnets.pruning.weights import (
     Sparsity,
     check_scope,
     check_sparsity,
-    left_alone,
     target_sparsity,
 )
 from slimnets.trainer import (
@@ -157,21 +162,15 @@ class GradualPrune(L.Callback):
         network = compressed_network(pl_module)
         restored, self._restored = self._restored, None
         steps = restored["steps"] if restored else [0] * len(trainer.optimizers)
-        resumed = restored is not None and self._is_same_run(restored["arguments"])
-        span = Span(*restored["span"]) if restored and resumed else self._resolve(trainer, steps)
+        if restored and not warn_of_changes(self._arguments(), restored["arguments"]):
+            span = Span(*restored["span"])
+        else:
+            span = self._resolve(trainer, steps)
         pruner = self._make_pruner(trainer, network)
         if restored:
             pruner.load_state_dict(restored["masks"])
 
-        for name, reason in left_alone(network).items():
-            rank_zero_warn(f"GradualPrune leaves {name!r} alone: {reason}")
-        if overfull := pruner.overfull():
-            shares = ", ".join(f"{name!r} with {share:.1%}" for name, share in overfull.items())
-            rank_zero_warn(
-                f"GradualPrune(sparsity={self.sparsity!r}): layers begin with more zeros than "
-                f"asked, which are kept: {shares}; where these are an initialisation and no pruned "
-                "weights, exclude the layer or initialise it otherwise"
-            )
+        warn_at_start(network, pruner, self.sparsity)
         self._pruner, self._span, self._steps, self._progress = pruner, span, list(steps), []
         self._start = trainer.global_step - max(steps, default=0)
         self._unlogged = True
@@ -212,12 +211,8 @@ class GradualPrune(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the target was not reached."""
         self._unhook()
-        if self._pruner and not self._pruner.reached and not is_fast_dev_run(trainer):
-            rank_zero_warn(
-                f"GradualPrune: training stopped after {max(self._steps)} optimizer steps, before "
-                f"pruning ends at step {self._span.end}: the sparsity is "
-                f"{self._pruner.sparsity:.2%}, not {self._pruner.target:.2%}"
-            )
+        if self._pruner and not is_fast_dev_run(trainer):
+            warn_at_end(self._pruner, max(self._steps), self._span)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the masks and the weights that are left, averaged weights copied back by now."""
@@ -258,16 +253,6 @@ class GradualPrune(L.Callback):
         if not automatic or (relative and has_time_limit(trainer)):
             length = math.inf
         return resolve_span(self.begin, self.end, self.every, length)
-
-    def _is_same_run(self, arguments: Mapping[str, str]) -> bool:
-        now = self._arguments()
-        changed = [name for name in now if arguments.get(name) != now[name]]
-        for name in changed:
-            rank_zero_warn(
-                f"GradualPrune({name}={now[name]}): the checkpoint was made with "
-                f"{name}={arguments.get(name)}; going on with {now[name]}, zeros are kept"
-            )
-        return not changed
 
     def _arguments(self) -> dict[str, str]:
         names = ("sparsity", "initial", "begin", "end", "every", "schedule", "criterion", "scope")
@@ -351,21 +336,14 @@ class GradualPrune(L.Callback):
             return
         instances = self._instances(trainer)
         if instances[0] is self:
-            pruners = [one._pruner for one in instances if one._pruner is not None]
-            zeros = sum(sum(pruner.counts.values()) for pruner in pruners)
-            share = zeros / sum(pruner.total for pruner in pruners)
+            share = overall([one._pruner for one in instances if one._pruner is not None])
             pl_module.log("sparsity", share, prog_bar=True, on_step=True)
         if not self._unlogged or not self._progress:
             return
         self._unlogged = False
-        pruner = self._pruner
-        sizes = {name: weights.numel() for name, weights in pruner.parameters.items()}
-        due = sum(share * sizes[name] for name, share in self._due(trainer).items())
-        scalars = {"sparsity/target": due / pruner.total}
-        scalars |= {f"sparsity/{name}": n / sizes[name] for name, n in pruner.counts.items()}
-        scalars |= {f"threshold/{name}": value for name, value in pruner.thresholds.items()}
+        figures = scalars(self._pruner, self._due(trainer))
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=logged_step(trainer))
+            logger.log_metrics(figures, step=logged_step(trainer))
 
     def _unhook(self) -> None:
         for hook in self._hooks:

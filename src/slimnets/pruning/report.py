@@ -1,0 +1,58 @@
+"""What GradualPrune says and logs."""
+
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from slimnets.pruning.pruner import Pruner
+from slimnets.pruning.span import Span
+from slimnets.pruning.weights import Sparsity, left_alone
+
+
+def scalars(pruner: Pruner, due: Mapping[str, float]) -> dict[str, float]:
+    """The sparsity that is due over all weights, and each tensor's own with its threshold."""
+    sizes = {name: weights.numel() for name, weights in pruner.parameters.items()}
+    target = sum(share * sizes[name] for name, share in due.items()) / pruner.total
+    own = {f"sparsity/{name}": n / sizes[name] for name, n in pruner.counts.items()}
+    thresholds = {f"threshold/{name}": value for name, value in pruner.thresholds.items()}
+    return {"sparsity/target": target, **own, **thresholds}
+
+
+def overall(pruners: Sequence[Pruner]) -> float:
+    """The share of zeros among the weights of all ``pruners``."""
+    zeros = sum(sum(pruner.counts.values()) for pruner in pruners)
+    return zeros / sum(pruner.total for pruner in pruners)
+
+
+def warn_at_start(network: nn.Module, pruner: Pruner, sparsity: Sparsity) -> None:
+    """Name what is left alone, and what begins sparser than it is to end."""
+    for name, reason in left_alone(network).items():
+        rank_zero_warn(f"GradualPrune leaves {name!r} alone: {reason}")
+    if overfull := pruner.overfull():
+        shares = ", ".join(f"{name!r} with {share:.1%}" for name, share in overfull.items())
+        rank_zero_warn(
+            f"GradualPrune(sparsity={sparsity!r}): layers begin with more zeros than asked, which "
+            f"are kept: {shares}; where these are an initialisation and no pruned weights, exclude "
+            "the layer or initialise it otherwise"
+        )
+
+
+def warn_at_end(pruner: Pruner, steps: int, span: Span) -> None:
+    """Say how far pruning came, if it did not come to its end."""
+    if not pruner.reached:
+        rank_zero_warn(
+            f"GradualPrune: training stopped after {steps} optimizer steps, before pruning ends at "
+            f"step {span.end}: the sparsity is {pruner.sparsity:.2%}, not {pruner.target:.2%}"
+        )
+
+
+def warn_of_changes(now: Mapping[str, str], before: Mapping[str, str]) -> bool:
+    """Name the arguments that differ from those of the checkpoint; whether any do."""
+    changed = [name for name in now if before.get(name) != now[name]]
+    for name in changed:
+        rank_zero_warn(
+            f"GradualPrune({name}={now[name]}): the checkpoint was made with "
+            f"{name}={before.get(name)}; going on with {now[name]}, zeros are kept"
+        )
+    return bool(changed)
