@@ -99,14 +99,12 @@ COMPILED = {
     "student": lambda: distilled(torch.compile(small_network(), backend="eager")),
     "in place": lambda: distilled(compiled_in_place(small_network())),
     "inside": lambda: distilled(Classifier(torch.compile(small_network(), backend="eager"))),
-    "whole": lambda: torch.compile(distilled(small_network()), backend="eager"),
     "lightning": lambda: torch.compile(distilled(Classifier()), backend="aot_eager"),
 }
 PLAIN = {
     "student": lambda: distilled(small_network()),
     "in place": lambda: distilled(small_network()),
     "inside": lambda: distilled(Classifier()),
-    "whole": lambda: distilled(small_network()),
     "lightning": lambda: distilled(Classifier()),
 }
 
@@ -129,7 +127,6 @@ def network_of(module):
         ("student", 6),
         ("in place", None),
         ("inside", 6),
-        ("whole", None),
         ("lightning", 6),
     ],
 )
