@@ -67,14 +67,14 @@ def assemble(index: Any, streams: dict[str, bytes], version: str = "1") -> bytes
         index = index | {"crc32": checksum}
     packed = base64.b85encode(zlib.compress(json.dumps(index).encode())).decode()
     arrays = {name: np.frombuffer(data, np.uint8) for name, data in streams.items()}
-    metadata = {"format": "slimnets", "version": version, "index": packed}
-    return safetensors.save(arrays, metadata=metadata)
+    return safetensors.save(arrays, metadata={"slimnets": f"{version} {packed}"})
 
 
 def taken_apart(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     write(path, data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    index = json.loads(zlib.decompress(base64.b85decode(header["__metadata__"]["index"])))
+    _, _, packed = header["__metadata__"]["slimnets"].partition(" ")
+    index = json.loads(zlib.decompress(base64.b85decode(packed)))
     return index, read(path)[1]
 
 
@@ -178,15 +178,14 @@ def test_an_index_that_is_wrong_says_where(tmp_path: Path, index: Any, message: 
     data = assemble(index, {})
     if isinstance(index, dict) and index.get("crc32") == -1:
         packed = base64.b85encode(zlib.compress(json.dumps(index).encode())).decode()
-        metadata = {"format": "slimnets", "version": "1", "index": packed}
-        data = safetensors.save({}, metadata=metadata)
+        data = safetensors.save({}, metadata={"slimnets": f"1 {packed}"})
     with pytest.raises(ArtifactError, match=message):
         opened(tmp_path / "file", data)
 
 
 def indexed(text: bytes) -> bytes:
     packed = base64.b85encode(zlib.compress(text)).decode()
-    return safetensors.save({}, metadata={"format": "slimnets", "version": "1", "index": packed})
+    return safetensors.save({}, metadata={"slimnets": f"1 {packed}"})
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def indexed(text: bytes) -> bytes:
     [
         (b"", "not a whole safetensors file"),
         (b"\x80\x04pickle", "not a whole safetensors file"),
-        (safetensors.save({"w": np.zeros(3)}), "no format 'slimnets'"),
+        (safetensors.save({"w": np.zeros(3)}), "has no 'slimnets'"),
         (assemble({}, {}, version="2"), "newer than 1.*upgrade"),
         (assemble({}, {}, version="1.5"), "'1.5' is not a number"),
         (assemble({}, {}, version="9" * 5000), "is not a number"),

@@ -13,6 +13,8 @@ from slimnets.artifact.codec import DTYPES, Entry
 from slimnets.artifact.streams import ArtifactError
 
 VERSION = 1
+KEY = "slimnets"
+"""Of the metadata: the version of the format, a blank, and the index."""
 
 _MOST_TEXT = 64 * 2**20  # bytes of JSON, half a million tensors: where a zip bomb is cut off
 _MOST_VALUES = 2**40
@@ -48,12 +50,16 @@ class FileInfo:
 
 
 def dump(info: FileInfo) -> dict[str, str]:
-    """``info`` as metadata of a safetensors file."""
+    """``info`` as metadata of a safetensors file.
+
+    It is one string, since safetensors writes several in any order, and equal networks should give
+    equal files.
+    """
     tensors = {name: _as_json(entry) for name, entry in info.tensors.items()}
     index = {"tensors": tensors, "ties": info.ties, "crc32": info.checksum}
     text = json.dumps(index, separators=(",", ":")).encode()
     packed = base64.b85encode(zlib.compress(text, 9)).decode()
-    return {"format": "slimnets", "version": str(info.version), "index": packed}
+    return {KEY: f"{info.version} {packed}"}
 
 
 def parse(metadata: Mapping[str, str]) -> FileInfo:
@@ -62,9 +68,9 @@ def parse(metadata: Mapping[str, str]) -> FileInfo:
     Raises:
         ArtifactError: If that is not possible.
     """
-    if metadata.get("format") != "slimnets":
-        raise ArtifactError("not a file of slimnets.save: its metadata says no format 'slimnets'")
-    version = metadata.get("version", "")
+    if KEY not in metadata:
+        raise ArtifactError(f"not a file of slimnets.save: its metadata has no {KEY!r}")
+    version, _, packed = metadata[KEY].partition(" ")
     if not (version.isdecimal() and version.isascii() and len(version) < 10):
         raise ArtifactError(f"format version {version!r} is not a number")
     if int(version) > VERSION:
@@ -72,7 +78,7 @@ def parse(metadata: Mapping[str, str]) -> FileInfo:
             f"format version {version} is newer than {VERSION}, the newest that is known here; "
             "upgrade slimnets"
         )
-    index = _unpack(metadata.get("index", ""))
+    index = _unpack(packed)
     if set(index) != {"tensors", "ties", "crc32"}:
         raise ArtifactError(f"index: expected tensors, ties and crc32, found {sorted(index)}")
     tensors = {name: _as_entry(name, one) for name, one in _mapping(index, "tensors").items()}

@@ -74,11 +74,12 @@ class Pruner:
         return all(self._count(names) >= k for names, k in self._quotas(self.targets))
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """The masks at one bit a weight, and their shapes."""
+        """The masks at one bit a weight, their shapes, and the threshold of each if it has one."""
         return {
             name: {
                 "bits": torch.from_numpy(np.packbits(mask.cpu().numpy())),
                 "shape": [*mask.shape],
+                "threshold": self.thresholds.get(name),
             }
             for name, mask in self.pruned.items()
         }
@@ -103,6 +104,8 @@ class Pruner:
             mask = torch.from_numpy(bits).to(weights.device, torch.bool)
             self.pruned[name] = mask.view(weights.shape)
             self.counts[name] = int(mask.count_nonzero())
+            if packed["threshold"] is not None:
+                self.thresholds[name] = packed["threshold"]
 
     def overfull(self) -> dict[str, float]:
         """The weights that begin with more zeros than they are to have, and the share of them."""
