@@ -35,15 +35,16 @@ PAGE = """# Networks that nobody here wrote
 
 {totals}
 
-Each network gets random weights, none of them constant. `factorize(model, {rank})`,
+Each network gets random weights, none of them constant, and its batch norms the statistics of some
+inputs, or its signals would fade away in depth. `factorize(model, {rank})`,
 `prune(model, {sparsity})`, `save`, and `load` into a network of other random weights; **holds**
 says:
 
 - every weight that is pruned has exactly `round({sparsity} * n)` zeros, all of them +0.0;
 - the loaded state dict equals the saved one bit for bit, and so do the outputs, on two samples;
 - `merge` gives the layers of the dense network back, and outputs that differ from those of the
-  pairs by less than {tolerance} of what the two samples differ by (of detectors: the outputs of
-  backbone and heads, before boxes are chosen).
+  pairs by less than {tolerance} of what the two samples differ by, in float64 (of detectors: the
+  outputs of backbone and heads, before boxes are chosen).
 
 A sentence in its place is the error that names what the network lacks. Layers are those that a
 user may have in mind: linear, convolutional, recurrent, attention. "Not pruned" counts parameters

@@ -217,9 +217,9 @@ TIMM = {
     "rexnet_100 mnasnet_small fbnetc_100 mobileone_s0 convnext_atto convnextv2_atto "
     "inception_next_atto starnet_s050 mambaout_femto repvit_m0_9",
     "attention": "vit_tiny_patch16_224=64 eva02_tiny_patch14_224=56 "
-    "swin_tiny_patch4_window7_224=56 coat_tiny=64 levit_128s:224 "
+    "swin_tiny_patch4_window7_224=56 coat_tiny=64 crossvit_tiny_240:240 levit_128s:224 "
     "pit_ti_224=64 xcit_nano_12_p16_224:64 visformer_tiny:224 botnet26t_256=128 halonet26t:256 "
-    "lambda_resnet26t=128 maxvit_rmlp_pico_rw_256=64 efficientvit_m0=64 "
+    "lambda_resnet26t=128 cait_xxs24_224=64 maxvit_rmlp_pico_rw_256=64 efficientvit_m0=64 "
     "pvt_v2_b0 gcvit_xxtiny=64 mobilevit_xxs mobilevitv2_050 edgenext_xx_small fastvit_t8",
     "MLP": "mixer_s32_224=64 resmlp_12_224=64 gmlp_ti16_224=64 poolformer_s12 sequencer2d_s=56",
 }
@@ -248,7 +248,7 @@ def detected(network: nn.Module, pictures: list[Tensor]) -> Any:
     levels = list(features.values())
     if hasattr(network, "head"):
         return network.head(levels)
-    boxes = [torch.tensor([[8.0, 8.0, 40.0, 48.0]]) for _ in pictures]
+    boxes = [torch.tensor([[8.0, 8.0, 40.0, 48.0]]).to(picture) for picture in pictures]
     sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
     regions = network.roi_heads.box_roi_pool(features, boxes, sizes)
     found = network.roi_heads.box_predictor(network.roi_heads.box_head(regions))
@@ -268,18 +268,21 @@ def videos() -> tuple[Tensor]:
 def torchvision_networks() -> Iterator[tuple[str, Network]]:
     """Name and network of each of torchvision's, of every task it has."""
     models = torchvision.models
-    for name in ("googlenet", "mobilenet_v2", "shufflenet_v2_x0_5"):
+    for name in ("alexnet", "squeezenet1_1", "googlenet", "mobilenet_v2", "shufflenet_v2_x0_5"):
         more = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
         build = partial(getattr(models, name), num_classes=10, **more)
         yield name, Network("torchvision, classification", build, partial(images, 64))
     vit = partial(models.VisionTransformer, 64, 16, 4, 4, 128, 256, num_classes=10)
     yield "VisionTransformer", Network("torchvision, classification", vit, partial(images, 64))
     nothing = {"weights": None, "weights_backbone": None}
-    for name, size, least in (("fasterrcnn_mobilenet_v3_large_320_fpn", 64, {"min_size": 64}),):
+    for name, size, least in (
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", 64, {"min_size": 64}),
+        ("retinanet_resnet50_fpn", 64, {"min_size": 64}),
+    ):
         build = partial(getattr(models.detection, name), num_classes=5, **nothing, **least)
         inputs = partial(two_pictures, size)
         yield name, Network("torchvision, detection", build, inputs, detected)
-    for name in ("lraspp_mobilenet_v3_large",):
+    for name in ("lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"):
         build = partial(getattr(models.segmentation, name), num_classes=5, **nothing)
         yield name, Network("torchvision, segmentation", build, partial(images, 64), segmented)
     video = partial(models.video.mc3_18, num_classes=10)
