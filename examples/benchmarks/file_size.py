@@ -7,7 +7,6 @@ Needs nothing but slimnets; with Python before 3.14, zstd needs ``pip install zs
 
 import argparse
 import copy
-import json
 import logging
 import os
 import statistics
@@ -20,10 +19,8 @@ from typing import Any
 
 import torch
 from file_forms import forms, zstd
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from shared import machine, random_vgg19
+from shared import keep, machine, random_vgg19, show
 from torch import Tensor, nn
 
 import slimnets
@@ -115,7 +112,7 @@ def check_sizes(results: list[dict[str, Any]]) -> None:
 
 def table(results: Mapping[float, list[dict[str, Any]]], title: str, caption: str) -> Table:
     """One section per sparsity, one row per form."""
-    shown = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    shown = Table(title=title, caption=caption)
     shown.add_column("zeros", justify="right", no_wrap=True)
     shown.add_column("form", no_wrap=True)
     for heading in ("bytes", "of the limit", "time to save", "spread", "to load", "spread"):
@@ -144,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each time")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--out", type=Path, help="folder for file_size.json and file_size.md")
     parser.add_argument("--quick", action="store_true", help="a narrow network, each time once")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -175,11 +172,12 @@ def main(arguments: list[str] | None = None) -> None:
     if not zstd:
         caption += "; zstd left out: pip install zstandard"
     title = f"VGG-19, {count / 1e6:.1f} M weights, pruned by magnitude"
-    Console(width=max(120, Console().width)).print(table(results, title, caption))
-    if options.json:
+    shown = table(results, title, caption)
+    show(shown)
+    if options.out:
         figures = {"weights": count, "threads": options.threads, "machine": measured_on}
         figures["results"] = [row | {"sparsity": s} for s, rows in results.items() for row in rows]
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        keep(options.out, "file_size", figures, shown)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """What the benchmarks share: the paper's network, and what a figure was measured on."""
 
+import json
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.box import MARKDOWN, SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples' networks
 from networks import PAPER_RANKS as PAPER_RANKS
@@ -41,3 +46,19 @@ def machine(*packages: str) -> dict[str, str]:
     found["processor"] = models[0] if models else platform.processor()
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
     return found
+
+
+def show(table: Table) -> None:
+    """Print ``table``, wide enough."""
+    table.box = SIMPLE_HEAD
+    Console(width=max(140, Console().width), highlight=False).print(table)
+
+
+def keep(folder: Path, name: str, figures: dict[str, Any], *tables: Table) -> None:
+    """Write the figures as JSON and the tables as Markdown to ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    with (folder / f"{name}.md").open("w") as file:
+        for table in tables:
+            table.box, table.title_justify = MARKDOWN, "left"
+            Console(file=file, width=300).print(table)

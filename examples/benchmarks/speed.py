@@ -21,9 +21,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from shared import VGG, machine
+from shared import VGG, keep, machine, show
 from torch import nn
 
 from slimnets.acceleration import accelerate, export
@@ -220,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--quick", action="store_true", help="a tiny network, few rounds")
-    parser.add_argument("--out", type=Path, help="folder for speed.json and speed.png")
+    parser.add_argument("--out", type=Path, help="folder for speed-NETWORK.json, .md and .png")
     options = parser.parse_args(arguments)
     if options.quick:
         options.network, options.batches, options.threads = "tiny", [2], [1]
@@ -241,13 +240,13 @@ def main(arguments: list[str] | None = None) -> None:
                 ratio = times[EAGER]["median"] / values["median"]
                 row = {"name": name, "batch": batch, "threads": threads, "ratio": ratio, **values}
                 results.append(row)
-    Console(width=160).print(table(results))
+    shown = table(results)
+    show(shown)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine(*PACKAGES), "network": options.network, "results": results}
-        text = json.dumps({**content, "reports": reports}, indent=1)
-        (options.out / "speed.json").write_text(text)
-        plot(results, options.out / "speed.png")
+        figures = {"machine": machine(*PACKAGES), "network": options.network}
+        figures |= {"results": results, "reports": reports}
+        keep(options.out, f"speed-{options.network}", figures, shown)
+        plot(results, options.out / f"speed-{options.network}.png")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ memory are those of a process for each.
 
 import argparse
 import copy
-import json
 import logging
 import os
 import resource
@@ -26,10 +25,8 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelPruning
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from shared import PAPER_RANKS, machine, random_vgg19
+from shared import PAPER_RANKS, keep, machine, random_vgg19, show
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
@@ -309,7 +306,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument(
+        "--out", type=Path, help="folder for training_cost.json and training_cost.md"
+    )
     parser.add_argument("--quick", action="store_true", help="a narrow network, each time once")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -318,7 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     work = Work(1 / 8, 4, 1) if options.quick else Work(1, options.batch, 3)
     rounds = 1 if options.quick else options.rounds
-    sizes = [10**5, 2 * 10**5] if options.quick else [20 * 10**6, 100 * 10**6, 300 * 10**6]
+    counts = [10**5, 2 * 10**5] if options.quick else [20 * 10**6, 100 * 10**6, 300 * 10**6]
     if options.peak:
         peaks(work)[options.peak]()
         unit = 1 if sys.platform == "darwin" else 1024
@@ -327,38 +326,36 @@ def main(arguments: list[str] | None = None) -> None:
 
     rows = [
         *steps(work, rounds),
-        *updates(work, sizes, min(rounds, 3)),
+        *updates(work, counts, min(rounds, 3)),
         *factorizing(work, min(rounds, 3)),
     ]
     measured_on = machine("lightning")
-    shown = Table(
+    times = Table(
         title=f"VGG-19 for 32 x 32 images, batch {work.batch}",
         caption=f"median of {rounds} rounds in turn, of three of updates and factorizing; "
         f"{options.threads} thread(s); "
         + ", ".join(f"{name} {number}" for name, number in measured_on.items()),
-        box=SIMPLE_HEAD,
     )
     for heading in ("", "in times of", "ratio", "smallest to largest", "seconds"):
-        shown.add_column(heading)
+        times.add_column(heading)
     for row in rows:
         spread = f"{row.smallest:.3f} to {row.largest:.3f}"
-        shown.add_row(row.what, row.against, f"{row.ratio:.3f}", spread, f"{row.seconds:.3f}")
-    console = Console(width=max(120, Console().width))
-    console.print(shown)
+        times.add_row(row.what, row.against, f"{row.ratio:.3f}", spread, f"{row.seconds:.3f}")
+    show(times)
 
     small = ["--quick"] if options.quick else ["--batch", "8"]
     names = list(BESIDE)[:1] if options.quick else list(BESIDE)
     peak = memory(work, names, [*small, "--threads", str(options.threads)])
-    shown = Table(title="peak memory", box=SIMPLE_HEAD)
+    sizes = Table(title="peak memory")
     for heading in ("", "beyond", "bytes per prunable weight"):
-        shown.add_column(heading)
+        sizes.add_column(heading)
     for name, share in peak.items():
-        shown.add_row(name, BESIDE[name], f"{share:+.2f}")
-    console.print(shown)
-    if options.json:
+        sizes.add_row(name, BESIDE[name], f"{share:+.2f}")
+    show(sizes)
+    if options.out:
         figures = {"threads": options.threads, "batch": work.batch, "machine": measured_on}
         figures |= {"rows": [asdict(row) for row in rows], "peak_bytes_per_weight": peak}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        keep(options.out, "training_cost", figures, times, sizes)
 
 
 if __name__ == "__main__":

@@ -31,17 +31,17 @@ def figures(path: Path) -> dict[str, Any]:
 
 
 def test_file_size(tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
-    assert "slimnets.save, int8" in quick("file_size.py", "--json", path)
-    assert {row["sparsity"] for row in figures(path)["results"]} == {0.5, 0.9}
+    assert "slimnets.save, int8" in quick("file_size.py", "--out", tmp_path)
+    found = figures(tmp_path / "file_size.json")
+    assert {row["sparsity"] for row in found["results"]} == {0.5, 0.9}
+    assert "| slimnets.save, int8 " in (tmp_path / "file_size.md").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_training_cost(tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
-    assert "bytes per prunable weight" in quick("training_cost.py", "--json", path)
-    compared = {row["what"] for row in figures(path)["rows"]}
+    assert "bytes per prunable weight" in quick("training_cost.py", "--out", tmp_path)
+    compared = {row["what"] for row in figures(tmp_path / "training_cost.json")["rows"]}
     assert {"step under GradualPrune", "distillation step"} <= compared
 
 
@@ -49,6 +49,6 @@ def test_training_cost(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_speed(tmp_path: Path) -> None:
     assert "slimnets 90%" in quick("speed.py", "--out", tmp_path)
-    names = {row["name"] for row in figures(tmp_path / "speed.json")["results"]}
+    names = {row["name"] for row in figures(tmp_path / "speed-tiny.json")["results"]}
     assert {"PyTorch eager", "slimnets 90%"} <= names
-    assert (tmp_path / "speed.png").stat().st_size > 1000
+    assert (tmp_path / "speed-tiny.png").stat().st_size > 1000
