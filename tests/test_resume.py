@@ -6,7 +6,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -93,7 +93,9 @@ class SaveAfterEveryBatch(L.Callback):
         trainer.save_checkpoint(self.folder / f"{batches:02}.ckpt")
 
 
-def fit_from(make_trainer, save, loader=StatefulDataLoader, validate=True, ckpt_path=None, **more):
+def fit_from(
+    make_trainer, save, loader=StatefulDataLoader, validate=True, ckpt_path=None, more=None, **given
+):
     """Two epochs of four batches.
 
     Returns:
@@ -101,10 +103,10 @@ def fit_from(make_trainer, save, loader=StatefulDataLoader, validate=True, ckpt_
     """
     L.seed_everything(1 if ckpt_path is None else 2, verbose=False)
     module, rows = Noisy(), Rows()
-    arguments = {"max_epochs": 2, "logger": rows, "log_every_n_steps": 1, **more}
+    arguments = {"max_epochs": 2, "logger": rows, "log_every_n_steps": 1, **given}
     prune = GradualPrune(0.9, begin=1, end=3, every=1)
     trainer = make_trainer(
-        callbacks=[prune, ExactResume(), save],
+        callbacks=[prune, ExactResume(), save, *([more] if more else [])],
         enable_checkpointing=isinstance(save, ModelCheckpoint),
         **arguments,
     )
@@ -139,6 +141,7 @@ def assert_goes_on_from_each(make_trainer, tmp_path, make_save, **arguments):
         {"validate": False},
         {"val_check_interval": 0.5},
         {"accumulate_grad_batches": 3},
+        {"more": GradientAccumulationScheduler({0: 1, 1: 3})},
         {"max_steps": 7, "max_epochs": -1},
     ],
 )
@@ -165,6 +168,16 @@ def test_any_loader_goes_on_from_the_end_of_an_epoch(make_trainer, tmp_path, loa
     arguments = dict(arguments)
     at = arguments.pop("save_on_train_epoch_end", True)
     assert_goes_on_from_each(make_trainer, tmp_path, save, loader=loader, **arguments)
+
+
+def test_a_plain_loader_goes_on_where_a_stateful_one_ended_its_epoch(make_trainer, tmp_path):
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_on_train_epoch_end=True)
+    fit_from(make_trainer, save, max_epochs=1)
+    with pytest.warns(UserWarning, match="the place of 1 stateful loaders, and this run has 0"):
+        _, rows = fit_from(
+            make_trainer, save, loader=DataLoader, ckpt_path=tmp_path / "epoch=0.ckpt"
+        )
+    assert max(rows) == 7
 
 
 def test_another_loader_begins_its_epoch_anew(make_trainer, tmp_path):

@@ -9,8 +9,10 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 
@@ -33,12 +35,15 @@ class ExactResume(L.Callback):
     the loader's place at the end of an epoch, and the validation and the end of an epoch that were
     still to come when a checkpoint was saved after a batch.
 
-    Not kept are generators of your own; those in a loader's workers, if the data set draws from
-    them and the checkpoint is of the middle of an epoch; the sums behind values that are logged
-    once an epoch (they are of the batches since the checkpoint); gradients that manual
-    optimization, or one of several processes, is accumulating; and what a logger has not written
-    yet: the row of a step comes after the checkpoint of that step. ``on_train_start`` is called
-    once more, and should draw no random numbers.
+    Not kept are generators of your own; loaders that ``reload_dataloaders_every_n_epochs`` builds
+    anew, unless they are plain ones built every epoch; gradients that manual optimization, or one
+    of several processes, is accumulating; and what a logger has not written yet: the row of a step
+    comes after the checkpoint of that step. ``on_train_start`` is called once more, and should
+    draw no random numbers. From the middle of an epoch, these are not kept either: generators in a
+    loader's workers, if the data set draws from them; the sums behind values that are logged once
+    an epoch (they are of the batches since the checkpoint); and what Lightning does after a
+    checkpoint of ``ModelCheckpoint`` with the batch it is of: the module's own
+    ``on_train_batch_end``, and the step of a ``ReduceLROnPlateau`` with ``interval="step"``.
 
     Examples:
         >>> trainer = L.Trainer(max_epochs=10, callbacks=[ExactResume()], logger=False)
@@ -116,6 +121,16 @@ class ExactResume(L.Callback):
             loop._data_fetcher.iterator = iter(())  # else one more batch would be trained
             loop.epoch_loop._batches_that_stepped += 1
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Accumulate as the epoch does, whose start a run from the middle of it has not seen."""
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for one in callbacks:
+            if isinstance(one, GradientAccumulationScheduler):
+                due = one.get_accumulate_grad_batches(trainer.current_epoch)
+                trainer.accumulate_grad_batches = due
+
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint in ``folder`` that is whole.
@@ -168,6 +183,13 @@ def _begin_next_epoch(trainer: L.Trainer, random_state: dict[str, Any]) -> None:
         _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
         loop.update_restart_stage()
         loop.epoch_progress.increment_completed()
+    elif len(places) != len(loop._combined_loader._state_dicts()):
+        rank_zero_warn(
+            f"the checkpoint has the place of {len(places)} stateful loaders, and this run has "
+            f"{len(loop._combined_loader._state_dicts())}: its loaders begin as if anew"
+        )
+        loop._combined_loader_states_to_load = []
+        return
     elif places and not trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
         # Lightning restores the place of a loader in the middle of an epoch only, and the sampler
         # of a new loader would go back to the first epoch

@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -87,6 +88,33 @@ def test_with_energy_the_ranks_are_those_of_the_checkpoint(make_trainer, tmp_pat
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert pairs(factorize(other, energy=0.8)) != pairs(module)  # or the test shows nothing
     run(make_trainer, classifier(seed=5), [LowRank(energy=0.8)], 2, tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+def test_a_checkpoint_of_weights_only_stays_loaded(make_trainer, tmp_path, stage, fails):
+    class Fails(Callback):
+        def on_test_batch_start(self, *_):
+            raise RuntimeError("stop")
+
+        on_validation_batch_start = on_predict_batch_start = on_test_batch_start
+
+    module = classifier()
+    trainer = run(make_trainer, module, [LowRank(r=3)], epochs=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    fresh = classifier(seed=1)
+    other = make_trainer(callbacks=[LowRank(r=3), *([Fails()] if fails else [])])
+    with pytest.raises(RuntimeError, match="stop") if fails else nullcontext():
+        getattr(other, stage)(fresh, small_data(8), ckpt_path=tmp_path / "x.ckpt")
+    assert_equal(fresh, module)
+
+
+def test_the_same_trainer_resumes_a_run_that_is_over(make_trainer, tmp_path):
+    module, fresh = classifier(), classifier(seed=1)
+    trainer = run(make_trainer, module, [LowRank(r=3)], epochs=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    trainer.fit(fresh, small_data(), ckpt_path=tmp_path / "x.ckpt", weights_only=False)
+    assert_equal(fresh, module)
 
 
 @pytest.mark.parametrize("callbacks", [[LowRank(energy=0.8)], [LowRank(r=1)]])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -35,8 +36,8 @@ class LowRank(L.Callback):
     :func:`slimnets.factorize` does, before weights are restored and optimizers are built. A
     checkpoint decides the structure when it is loaded, in ``fit`` as in ``validate``, ``test`` and
     ``predict``, so that it can be given to a freshly built dense module; without a checkpoint,
-    these evaluate the network as it is. A run that fails before its first optimizer step leaves
-    the layers as they were.
+    these evaluate the network as it is. A run that fails or ends before its first optimizer step
+    leaves the layers as they were.
 
     With ``at``, training begins with the dense layers, and they are replaced in the middle of the
     run. Optimizers get the new parameters in the place of the old ones: what they keep of biases
@@ -88,6 +89,7 @@ class LowRank(L.Callback):
         self._max_epochs: int | None = None
         self._done = False
         self._start = 0  # trainer.global_step at the start of the run
+        self._run = ""
         self._names: set[str] = set()
         self._ranks: dict[str, int] = {}
         self._originals: dict[str, nn.Module] = {}
@@ -124,6 +126,7 @@ class LowRank(L.Callback):
             )
         self._names, self._ranks = set(layers), {}
         self._step, self._max_epochs, self._start = None, trainer.max_epochs, trainer.global_step
+        self._run = uuid4().hex
         if self._at is not None:
             check_run(trainer, self._at)
         todo = self._plan(network)
@@ -145,13 +148,12 @@ class LowRank(L.Callback):
         Raises:
             ValueError: If the checkpoint was made without this callback, and its layers are dense.
         """
-        is_fitting = trainer.state.fn == TrainerFn.FITTING
-        if not is_fitting or checkpoint["global_step"] != self._start:  # and not by a finder
-            self._originals = {}  # the weights of the rest are those of the checkpoint by now
-        if not is_fitting:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
         now = self._arguments()
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        if state.get("run") != self._run:  # the trial runs of a finder end with their own
+            self._originals = {}  # the weights of the rest are those of the checkpoint by now
         before = call_of(state["arguments"]) if state else "other callbacks"
         is_same = state.get("arguments") == now
         if self._at is not None:
@@ -236,6 +238,14 @@ class LowRank(L.Callback):
     ) -> None:
         """Put the original layers back, unless training has begun."""
         self._put_back(trainer, pl_module)
+        self._release()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the pairs of the checkpoint that has been loaded, whatever happens from here on."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._originals = {}
+
+    on_validation_start = on_predict_start = on_test_start
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the summary to TensorBoard."""
@@ -244,14 +254,17 @@ class LowRank(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave nothing behind but the pairs; and not them if no step was made, as by a Tuner."""
-        self._put_back(trainer, pl_module)
+        if stage == TrainerFn.FITTING:
+            self._put_back(trainer, pl_module)
+        self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """The arguments, to be compared on resume, and the step of ``at``.
+        """The arguments, to be compared on resume, the step of ``at``, and the run this is of.
 
         Ranks follow from the shapes of the weights.
         """
-        return {"arguments": self._arguments(), "step": self._step, "done": self._done}
+        state = {"step": self._step, "done": self._done, "run": self._run}
+        return {"arguments": self._arguments(), **state}
 
     def _put_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step > self._start:
@@ -262,7 +275,7 @@ class LowRank(L.Callback):
                 # the rest of the module may have been converted meanwhile
                 layer.to(next(present[path].parameters()))
                 replace(pl_module, path, layer)
-        self._release()
+                self._done = False
 
     def _plan(self, network: nn.Module) -> Plan:
         return plan(
