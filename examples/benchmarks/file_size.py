@@ -138,7 +138,9 @@ def table(results: Mapping[float, list[dict[str, Any]]], title: str, caption: st
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95, 0.99, 0.995])
+    parser.add_argument(
+        "--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95, 0.99, 0.995]
+    )
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for file_size.json and file_size.md")

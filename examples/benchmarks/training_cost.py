@@ -3,8 +3,8 @@
     python examples/benchmarks/training_cost.py
 
 Every time is a ratio to another that was measured in turn, A B A B, in this process; the median,
-and the smallest and largest. Steps are those of a Lightning Trainer, in its second epoch. Peaks of
-memory are those of a process for each.
+and the smallest and largest. Steps are those of Lightning Trainers that take turns step by step, in
+their second epoch. Peaks of memory are those of a process for each.
 """
 
 import argparse
@@ -18,9 +18,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from threading import Semaphore
 
 import lightning as L
 import torch
@@ -63,13 +65,17 @@ def compare(against: str, calls: Mapping[str, Seconds], rounds: int) -> list[Row
     for call in calls.values():
         call()
     times = [{name: call() for name, call in calls.items()} for _ in range(rounds)]
+    return rows_of(against, {name: [one[name] for one in times] for name in calls})
+
+
+def rows_of(against: str, seconds: Mapping[str, list[float]]) -> list[Row]:
+    """The ratios of all others to ``against``."""
     rows = []
-    for name in calls:
+    for name, own in seconds.items():
         if name != against:
-            ratios = [one[name] / one[against] for one in times]
-            seconds = statistics.median(one[name] for one in times)
-            middle = statistics.median(ratios)
-            rows.append(Row(name, against, middle, min(ratios), max(ratios), seconds))
+            ratios = [a / b for a, b in zip(own, seconds[against], strict=True)]
+            figures = (statistics.median(ratios), min(ratios), max(ratios), statistics.median(own))
+            rows.append(Row(name, against, *figures))
     return rows
 
 
@@ -84,16 +90,23 @@ def timed(call: Callable[[], object]) -> Seconds:
     return seconds
 
 
-class Clock(L.Callback):
-    """The seconds of the last epoch's steps."""
+class Turns(L.Callback):
+    """Trains one step whenever it is its turn; the last callback, so that it times the others."""
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin."""
+    def __init__(self, mine: Semaphore, following: Semaphore) -> None:
+        self.mine, self.following = mine, following
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: object) -> None:
+        """Wait."""
+        if not self.mine.acquire(timeout=600):
+            raise TimeoutError("another training has failed")
         self.start = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End, before the callbacks after this one do what they do once an epoch."""
-        self.seconds = time.perf_counter() - self.start
+    def on_train_batch_end(self, *_: object) -> None:
+        """Let the next one go on."""
+        self.seconds.append(time.perf_counter() - self.start)
+        self.following.release()
 
 
 class Plain(L.LightningModule):
@@ -144,6 +157,7 @@ class Work:
     width: float
     batch: int
     steps: int
+    threads: int
 
     def network(self) -> nn.Module:
         """VGG-19, the same each time."""
@@ -166,33 +180,45 @@ class Work:
         self,
         module: Callable[[], L.LightningModule],
         callbacks: Callable[[], list[L.Callback]] = nothing,
-    ) -> float:
-        """Seconds of the second epoch's steps."""
-        clock, trained = Clock(), module()
+        turns: Turns | None = None,
+    ) -> None:
+        """Train for two epochs."""
+        torch.set_num_threads(self.threads)  # which counts for one Python thread only
         count = self.batch * self.steps
         data = TensorDataset(torch.randn(count, 3, 32, 32), torch.randint(10, (count,)))
-        trainer = L.Trainer(max_epochs=2, callbacks=[clock, *callbacks()], **QUIET)  # type: ignore[arg-type]
-        trainer.fit(trained, DataLoader(data, self.batch))
-        return clock.seconds
+        own = [*callbacks(), *([turns] if turns else [])]
+        trainer = L.Trainer(max_epochs=2, callbacks=own, **QUIET)  # type: ignore[arg-type]
+        trainer.fit(module(), DataLoader(data, self.batch))
+
+    def in_turn(self, against: str, fits: Mapping[str, Callable[[Turns], None]]) -> list[Row]:
+        """Compare the steps of the second epoch, those of all trainings in turn, A B A B."""
+        gates = [Semaphore(int(i == 0)) for i in range(len(fits))]
+        turns = [Turns(*pair) for pair in zip(gates, [*gates[1:], gates[0]], strict=True)]
+        with ThreadPoolExecutor(len(fits)) as pool:
+            for done in [pool.submit(*one) for one in zip(fits.values(), turns, strict=True)]:
+                done.result()
+        second = [one.seconds[self.steps :] for one in turns]
+        return rows_of(against, dict(zip(fits, second, strict=True)))
 
     def ranks(self) -> list[int]:
         """The paper's, as far as the network is as wide."""
         return [max(1, round(rank * self.width)) for rank in PAPER_RANKS.values()]
 
 
-def steps(work: Work, rounds: int) -> list[Row]:
+def steps(work: Work) -> list[Row]:
     """Of pruning and distilling."""
+
+    def fit(*what: Callable[[], object]) -> Callable[[Turns], None]:
+        return lambda turns: work.fit(*what, turns=turns)  # type: ignore[arg-type]
+
     plain, apart = "plain step", "student's step + teacher's forward"
     pruned = {
-        plain: partial(work.fit, work.plain),
-        "step under GradualPrune": partial(work.fit, work.plain, gradual),
-        "step under Lightning's ModelPruning": partial(work.fit, work.plain, lightnings),
+        plain: fit(work.plain),
+        "step under GradualPrune": fit(work.plain, gradual),
+        "step under Lightning's ModelPruning": fit(work.plain, lightnings),
     }
-    distilled = {
-        apart: partial(work.fit, work.apart),
-        "distillation step": partial(work.fit, work.distilled),
-    }
-    return compare(plain, pruned, rounds) + compare(apart, distilled, rounds)
+    distilled = {apart: fit(work.apart), "distillation step": fit(work.distilled)}
+    return work.in_turn(plain, pruned) + work.in_turn(apart, distilled)
 
 
 def prune_globally(network: nn.Module) -> None:
@@ -278,6 +304,16 @@ def peaks(work: Work) -> dict[str, Callable[[], object]]:
     }
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has had resident."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux counts the parent's peak in what getrusage says of a new process
+        (line,) = (one for one in status.read_text().splitlines() if one.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 BESIDE = {
     "GradualPrune": "plain training",
     "ModelPruning": "plain training",
@@ -303,7 +339,7 @@ def memory(work: Work, names: list[str], arguments: list[str]) -> dict[str, floa
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the tables, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
@@ -315,17 +351,16 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
-    work = Work(1 / 8, 4, 1) if options.quick else Work(1, options.batch, 3)
-    rounds = 1 if options.quick else options.rounds
+    width, batch, rounds = (1 / 8, 4, 1) if options.quick else (1, options.batch, options.rounds)
+    work = Work(width, batch, 2 if options.peak else rounds, options.threads)
     counts = [10**5, 2 * 10**5] if options.quick else [20 * 10**6, 100 * 10**6, 300 * 10**6]
     if options.peak:
         peaks(work)[options.peak]()
-        unit = 1 if sys.platform == "darwin" else 1024
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        print(peak_bytes())
         return
 
     rows = [
-        *steps(work, rounds),
+        *steps(work),
         *updates(work, counts, min(rounds, 3)),
         *factorizing(work, min(rounds, 3)),
     ]
