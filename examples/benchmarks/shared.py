@@ -61,4 +61,6 @@ def keep(folder: Path, name: str, figures: dict[str, Any], *tables: Table) -> No
     with (folder / f"{name}.md").open("w") as file:
         for table in tables:
             table.box, table.title_justify = MARKDOWN, "left"
+            for row in table.rows:
+                row.end_section = False  # Markdown has no lines between rows
             Console(file=file, width=300).print(table)
