@@ -37,6 +37,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import slimnets
 from slimnets.lowrank.decompose import as_matrix, factors
 from slimnets.pruning.masks import lowest
+from slimnets.pruning.pruner import Pruner
+from slimnets.pruning.weights import target_sparsity
 
 QUIET = {
     "accelerator": "cpu",
@@ -221,6 +223,36 @@ def steps(work: Work) -> list[Row]:
     return work.in_turn(plain, pruned) + work.in_turn(apart, distilled)
 
 
+def masking(work: Work) -> list[Row]:
+    """What GradualPrune does in a step, in times of the rest of that very step.
+
+    A step varies by far more than that from one to the next, and this does not.
+    """
+    torch.set_num_threads(work.threads)
+    network = work.network()
+    pruner = Pruner(*target_sparsity(network, 0.9))
+    pruner.grow(pruner.targets)
+    optimizer, images = sgd(network.parameters()), torch.randn(work.batch, 3, 32, 32)
+    labels = torch.randint(10, (work.batch,))
+
+    def forward_and_backward() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+
+    parts: list[Callable[[], object]] = [
+        forward_and_backward,
+        pruner.mask_gradients,
+        optimizer.step,
+        partial(pruner.apply, pruner.parameters),
+    ]
+    times = [[timed(part)() for part in parts] for _ in range(work.steps + 1)][1:]
+    seconds = {
+        "the rest of the step": [one[0] + one[2] for one in times],
+        "masks of GradualPrune": [one[1] + one[3] for one in times],
+    }
+    return rows_of("the rest of the step", seconds)
+
+
 def prune_globally(network: nn.Module) -> None:
     """90 % of all weights, by slimnets."""
     slimnets.prune(network, 0.9, scope="global")
@@ -361,6 +393,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     rows = [
         *steps(work),
+        *masking(work),
         *updates(work, counts, min(rounds, 3)),
         *factorizing(work, min(rounds, 3)),
     ]
