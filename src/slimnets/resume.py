@@ -43,7 +43,8 @@ class ExactResume(L.Callback):
     loader's workers, if the data set draws from them; the sums behind values that are logged once
     an epoch (they are of the batches since the checkpoint); and what Lightning does after a
     checkpoint of ``ModelCheckpoint`` with the batch it is of: the module's own
-    ``on_train_batch_end``, and the step of a ``ReduceLROnPlateau`` with ``interval="step"``.
+    ``on_train_batch_end``, and the step of a ``ReduceLROnPlateau`` with ``interval="step"``. Under
+    a ``GradientAccumulationScheduler`` rows may be logged at a step that is off by one.
 
     Examples:
         >>> trainer = L.Trainer(max_epochs=10, callbacks=[ExactResume()], logger=False)

@@ -113,7 +113,8 @@ def test_the_same_trainer_resumes_a_run_that_is_over(make_trainer, tmp_path):
     module, fresh = classifier(), classifier(seed=1)
     trainer = run(make_trainer, module, [LowRank(r=3)], epochs=1)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    trainer.fit(fresh, small_data(), ckpt_path=tmp_path / "x.ckpt", weights_only=False)
+    checkpoint = tmp_path / "x.ckpt"
+    trainer.fit(fresh, small_data(), small_data(8), ckpt_path=checkpoint, weights_only=False)
     assert_equal(fresh, module)
 
 
