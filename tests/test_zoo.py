@@ -172,7 +172,7 @@ def test_small_networks_of_timm(name: str) -> None:
     assert outcome.factorized + outcome.dense.total() == outcome.layers
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in (*SMALL, *SMALLEST)])
 def test_networks_that_nobody_here_wrote(name: str) -> None:
     outcome = check(NETWORKS[name])
@@ -181,7 +181,7 @@ def test_networks_that_nobody_here_wrote(name: str) -> None:
     assert outcome.bytes_file < outcome.bytes_dense
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", [*EXPECTED, "lcnet_035"])
 def test_accelerated(name: str) -> None:
     outcome = check(NETWORKS[name], accelerate=True)

@@ -37,7 +37,7 @@ def test_file_size(tmp_path: Path) -> None:
     assert "| slimnets.save, int8 " in (tmp_path / "file_size.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_training_cost(tmp_path: Path) -> None:
     assert "bytes per prunable weight" in quick("training_cost.py", "--out", tmp_path)
@@ -45,7 +45,7 @@ def test_training_cost(tmp_path: Path) -> None:
     assert {"step under GradualPrune", "distillation step"} <= compared
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_speed(tmp_path: Path) -> None:
     assert "slimnets 90%" in quick("speed.py", "--out", tmp_path)

@@ -31,7 +31,7 @@ results.main(["--folder", str(folder), "--out", "docs"])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_runs_and_their_page(tmp_path: Path, images: Path) -> None:
     save_file(VGG(19).state_dict(), tmp_path / "reference.safetensors")
