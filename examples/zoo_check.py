@@ -189,7 +189,7 @@ def _wake(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not is_lazy(parameter) and parameter.numel() and parameter.std() == 0:
+            if not is_lazy(parameter) and parameter.numel() > 1 and parameter.std() == 0:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
