@@ -1,5 +1,9 @@
-"""Small networks and data that several tests use."""
+"""Small networks and data, and what else several tests use."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -64,3 +68,32 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self._optimizer(self.parameters(), **self._arguments)
+
+
+class Backbone(Classifier):
+    """A backbone to be unfrozen in the middle of the run, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.1, momentum=0.9)
+        self.backbone, self.network = self.network[:7], self.network[7:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(self.backbone(x))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        live = [p for p in self.parameters() if p.requires_grad]
+        return self._optimizer(live, **self._arguments)
+
+
+def run_script(script: Path, *arguments: object, cwd: Path | None = None, **environ: str) -> str:
+    """What a script prints, run on one thread in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout

@@ -31,7 +31,7 @@ from torch import nn
 
 from slimnets import DistillationModule, GradualPrune, LowRank, after_target, factorize
 from slimnets.lowrank import LowRankPair
-from tests.support import Classifier, small_data, small_network
+from tests.support import Backbone, Classifier, small_data, small_network
 
 # most of the data here has no validation part
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -250,21 +250,6 @@ def test_a_schedule_of_gradient_accumulation(make_trainer, at):
     make_trainer(max_epochs=4, callbacks=callbacks).fit(module, small_data(), small_data(8))
     assert watch.reached == watch.steps == 2 + 6 + 2 + 2
     assert_compressed(module.student)
-
-
-class Backbone(Classifier):
-    """A backbone to be unfrozen in the middle of the run, and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone, self.network = self.network[:7], self.network[7:]
-
-    def forward(self, x):
-        return self.network(self.backbone(x))
-
-    def configure_optimizers(self):
-        live = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.SGD(live, lr=0.1, momentum=0.9)
 
 
 class Unfreeze(BaseFinetuning):

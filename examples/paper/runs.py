@@ -72,9 +72,9 @@ def factorized(rank: str | float, decomposition: Literal["spatial", "channel"] =
 
 def combined(network: str) -> list[Run]:
     """All pairs of methods, and all three."""
-    begin = Run(network, of=REFERENCE) if network == "vgg19" else Run(network, distilled=True)
-    rank = "paper" if network == "vgg19" else 0.5
-    go_on = Run(network, of=REFERENCE if network == "vgg19" else begin)
+    begin = REFERENCE if network == REFERENCE.network else Run(network, distilled=True)
+    rank = "paper" if begin == REFERENCE else 0.5
+    go_on = Run(network, of=begin)
     return [
         replace(go_on, sparsity=0.9, distilled=True),
         replace(go_on, rank=rank, distilled=True),

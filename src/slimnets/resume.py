@@ -112,8 +112,9 @@ class ExactResume(L.Callback):
             _set_random_state(random_state)  # the loader has drawn its seed long ago
         else:
             _begin_next_epoch(trainer, random_state)
+        gradients = restored.get("gradients", {})
         for name, parameter in pl_module.named_parameters():
-            if name in (gradients := restored.get("gradients", {})):
+            if name in gradients:
                 parameter.grad = gradients[name].to(parameter)
         if restored.get("due") == "validation":
             loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
@@ -184,10 +185,10 @@ def _begin_next_epoch(trainer: L.Trainer, random_state: dict[str, Any]) -> None:
         _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
         loop.update_restart_stage()
         loop.epoch_progress.increment_completed()
-    elif len(places) != len(loop._combined_loader._state_dicts()):
+    elif len(places) != (count := len(loop._combined_loader._state_dicts())):
         rank_zero_warn(
             f"the checkpoint has the place of {len(places)} stateful loaders, and this run has "
-            f"{len(loop._combined_loader._state_dicts())}: its loaders begin as if anew"
+            f"{count}: its loaders begin as if anew"
         )
         loop._combined_loader_states_to_load = []
         return

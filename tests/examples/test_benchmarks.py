@@ -1,27 +1,18 @@
 """Every benchmark runs in its quick mode, checks what it computes, and writes its figures."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support import run_script
+
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 
 def quick(script: str, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / script, "--quick", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return run_script(BENCHMARKS / script, "--quick", *arguments, MPLBACKEND="Agg")
 
 
 def figures(path: Path) -> dict[str, Any]:

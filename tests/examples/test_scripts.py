@@ -1,7 +1,5 @@
 """Every example runs as its first lines say, and leaves what it promises."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,22 +11,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import slimnets
+from tests.support import run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(folder: Path, script: str, *arguments: object) -> str:
     """What an example prints, run in a process of its own in ``folder``."""
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return run_script(EXAMPLES / script, *arguments, cwd=folder, COLUMNS="120")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import slimnets
 from slimnets.distillation import DistillationModule
 from slimnets.lowrank import LowRank, LowRankPair, LowRankReplace
-from tests.support import Classifier, small_data, small_network
+from tests.support import Backbone, Classifier, small_data, small_network
 
 
 def pairs(module):
@@ -328,18 +328,6 @@ def test_lower_precision(make_trainer, precision):
 
 
 def test_layers_that_are_frozen_stay_frozen_until_finetuning_unfreezes_them(make_trainer):
-    class Model(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.backbone, self.network = self.network[:7], self.network[7:]
-
-        def forward(self, x):
-            return self.network(self.backbone(x))
-
-        def configure_optimizers(self):
-            live = [p for p in self.parameters() if p.requires_grad]
-            return torch.optim.SGD(live, lr=0.05)
-
     class Look(Callback):
         frozen = ()
 
@@ -350,7 +338,7 @@ def test_layers_that_are_frozen_stay_frozen_until_finetuning_unfreezes_them(make
     look = Look()
     finetuning = BackboneFinetuning(1, verbose=False, train_bn=False)
     for order in ([LowRank(2), finetuning, look], [finetuning, LowRank(2), look]):
-        module = Model()
+        module = Backbone()
         look.frozen = ()
         fit(make_trainer, module, order, max_epochs=2)
         assert look.frozen == (True, False)
