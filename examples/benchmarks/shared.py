@@ -4,6 +4,7 @@ import json
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,18 @@ def show(table: Table) -> None:
     Console(width=max(140, Console().width), highlight=False).print(table)
 
 
+def markdown(table: Table) -> str:
+    """``table`` with its title and caption, as Markdown."""
+    table.box, table.title_justify = MARKDOWN, "left"
+    for row in table.rows:
+        row.end_section = False  # Markdown has no lines between rows
+    text = StringIO()
+    Console(file=text, width=300).print(table)
+    return text.getvalue()
+
+
 def keep(folder: Path, name: str, figures: dict[str, Any], *tables: Table) -> None:
     """Write the figures as JSON and the tables as Markdown to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
-    with (folder / f"{name}.md").open("w") as file:
-        for table in tables:
-            table.box, table.title_justify = MARKDOWN, "left"
-            for row in table.rows:
-                row.end_section = False  # Markdown has no lines between rows
-            Console(file=file, width=300).print(table)
+    (folder / f"{name}.md").write_text("".join(map(markdown, tables)))

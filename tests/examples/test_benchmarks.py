@@ -1,6 +1,7 @@
 """Every benchmark runs in its quick mode, checks what it computes, and writes its figures."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,54 @@ def test_training_cost(tmp_path: Path) -> None:
     assert {"step under GradualPrune", "distillation step"} <= compared
 
 
+@pytest.mark.slow
+def test_roofline(tmp_path: Path) -> None:
+    assert "all of them" in quick("roofline.py", "--out", tmp_path)
+    found = figures(tmp_path / "roofline.json")
+    assert min(found["peak_gflops"], found["memory_bandwidth"]) > 0
+    for run in found["runs"]:
+        assert len(run["layers"]) == 19
+        for layer in run["layers"]:
+            assert layer["bound_by"] in ("compute", "memory")
+            assert layer["gflops"] > 0
+    layer = found["runs"][0]["layers"][3]  # 10 % of 16 x 16 x 3 x 3 weights, 256 pixels, batch 2
+    assert layer["shape"] == "16 to 16 @ 16 x 16"
+    assert layer["operations"] == pytest.approx(2 * 230 * 256 * 2, rel=0.1)
+    assert (tmp_path / "roofline.png").stat().st_size > 1000
+
+
 @pytest.mark.nightly
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_speed(tmp_path: Path) -> None:
-    assert "slimnets 90%" in quick("speed.py", "--out", tmp_path)
-    names = {row["name"] for row in figures(tmp_path / "speed-tiny.json")["results"]}
-    assert {"PyTorch eager", "slimnets 90%"} <= names
-    assert (tmp_path / "speed-tiny.png").stat().st_size > 1000
+    path = tmp_path / "benchmarks" / "speed-tiny.json"
+    path.parent.mkdir()
+    foreign = {"machine": {"processor": "another"}, "combinations": [{"threads": 1, "batch": 2}]}
+    path.write_text(json.dumps(foreign))
+    assert "slimnets, 90 %" in quick("speed.py", "--out", path.parent)
+    found = figures(path)
+    assert [part["threads"] for part in found["combinations"]] == [1, 2]
+    for part in found["combinations"]:
+        names = {row["name"] for row in part["rows"]}
+        assert {"PyTorch eager", "torch.export", "slimnets, 90 %", "slimnets, factorized"} <= names
+        assert {"torch.export, factorized", "slimnets, factorized, 90 %"} <= names
+    assert path.with_suffix(".png").stat().st_size > 1000
+
+    one, _ = found["combinations"]
+    path.write_text(json.dumps({**found, "combinations": [one]}))  # as if it had been stopped
+    assert "batch 2, 1 thread: kept" in quick("speed.py", "--out", path.parent)
+    assert figures(path)["combinations"][0] == one
+    assert len(figures(path)["combinations"]) == 2
+
+    run_script(BENCHMARKS / "page.py", path.parent)
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "2 threads, times as fast as one" in page
+    assert "| slimnets, factorized, 90 % " in page
+
+
+@pytest.mark.slow
+def test_page_is_made_of_the_figures(tmp_path: Path) -> None:
+    kept = BENCHMARKS.parents[1] / "docs" / "benchmarks"
+    copied = tmp_path / "benchmarks"
+    shutil.copytree(kept, copied)
+    run_script(BENCHMARKS / "page.py", copied)
+    assert copied.with_suffix(".md").read_text() == kept.with_suffix(".md").read_text()
