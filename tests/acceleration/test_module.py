@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from slimnets.acceleration.module import Accelerated, accelerate
+from slimnets.acceleration.trace import trace
 
 TOLERANCE = 1e-4
 
@@ -185,6 +186,40 @@ def test_random_numbers_are_drawn_at_every_call():
     fast = accelerate(Stochastic(), torch.randn(2, 4))
     x = torch.randn(2, 4)
     assert not torch.equal(fast(x), fast(x))
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(16, 16, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+def test_a_state_is_kept_from_call_to_call():
+    model, x = prune(Counting(), 0.98), torch.randn(2, 16, 20, 20)
+    fast = accelerate(model, x)
+    for _ in range(3):
+        torch.testing.assert_close(fast(x), model(x).detach(), rtol=1e-4, atol=1e-4)
+    assert trace(model, 1) is None
+
+
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x) + torch.arange(4.0)
+
+
+def test_a_constant_made_on_the_way_does_not_hinder_tracing():
+    model, x = Constant().eval(), torch.randn(2, 4)
+    graph = trace(model, 1)
+    assert torch.equal(graph(x), model(x))
 
 
 def test_a_single_layer_and_a_shared_one():

@@ -1,16 +1,17 @@
 """PyTorch's transformer layers, written so that they can be traced.
 
 ``nn.TransformerEncoderLayer`` hands its weights to one fused function, where no layer can be
-exchanged; ``nn.MultiheadAttention`` does so with its projections.
+exchanged; ``nn.MultiheadAttention`` does so with its projections. What stands in their place raises
+where it does not know what to do, and ``Accelerated`` then asks PyTorch.
 """
 
 import copy
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.prune import BasePruningMethod, remove
 
+from slimnets.acceleration import attend
 from slimnets.layers import replace
 
 
@@ -42,13 +43,21 @@ class Swapped(_Stand):
         return self.fast(x)  # type: ignore[no-any-return]
 
 
-class SelfAttention(_Stand):
-    """Self-attention without masks, its projections as linear layers."""
+class Attention(_Stand):
+    """``nn.MultiheadAttention``, its projections as linear layers."""
 
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__()
         self.heads, self.batch_first = original.num_heads, original.batch_first
-        self.in_proj = _linear(original.in_proj_weight, original.in_proj_bias)
+        weight, bias = original.in_proj_weight, original.in_proj_bias
+        self.fused = original.batch_first and self.heads % 2 == 0
+        self.fused &= weight is not None and bias is not None
+        self.in_proj = None if weight is None else _linear(weight, bias)
+        parts = (original.q_proj_weight, original.k_proj_weight, original.v_proj_weight)
+        weights = parts if weight is None else weight.chunk(3)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        projections = [_linear(w, b) for w, b in zip(weights, biases, strict=True)]
+        self.q_proj, self.k_proj, self.v_proj = projections
         self.out_proj = _linear(original.out_proj.weight, original.out_proj.bias)
         self.original = original
 
@@ -64,40 +73,41 @@ class SelfAttention(_Stand):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``nn.MultiheadAttention``."""
-        masked = key_padding_mask is not None or attn_mask is not None or is_causal
-        if masked or need_weights or query is not key or key is not value:
-            found = self.original(
-                query,
-                key,
-                value,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                average_attn_weights,
-                is_causal,
-            )
-            return found  # type: ignore[no-any-return]
-        return self.attend(query), None
+        same = attend.one_tensor(query, key, value)
+        fused = attend.fuses(self.fused, same, key_padding_mask, attn_mask)
+        mixed = attend.attend(
+            self.projected(query, key, value),
+            self.heads,
+            self.batch_first,
+            fused,
+            key_padding_mask,
+            attn_mask,
+            is_causal,
+            need_weights,
+            average_attn_weights,
+        )
+        return self.out_proj(mixed[0]), mixed[1]
 
-    def attend(self, x: Tensor) -> Tensor:
-        """Attention of ``x`` (batch, sequence, features), or (sequence, batch, features)."""
-        x = x if self.batch_first else x.transpose(0, 1)
-        q, k, v = self.in_proj(x).chunk(3, -1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for t in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2)
-        y: Tensor = self.out_proj(mixed)
-        return y if self.batch_first else y.transpose(0, 1)
+    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value for all heads."""
+        if query is key and key is value and self.in_proj is not None:
+            q, k, v = self.in_proj(query).chunk(3, -1)
+            return q, k, v
+        return self.q_proj(query), self.k_proj(key), self.v_proj(value)
 
 
 class EncoderLayer(_Stand):
-    """A transformer encoder layer without masks."""
+    """``nn.TransformerEncoderLayer``."""
 
     def __init__(self, original: nn.TransformerEncoderLayer) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(original.self_attn)
+        self.self_attn: Any = original.self_attn
         self.linear1, self.linear2 = original.linear1, original.linear2
         self.norm1, self.norm2 = original.norm1, original.norm2
         self.norm_first, self.activation = original.norm_first, original.activation
+        same_eps = original.norm1.eps == original.norm2.eps
+        relu_or_gelu = bool(original.activation_relu_or_gelu)
+        self.fused = bool(self.self_attn.fused and same_eps and relu_or_gelu)
         self.original = original
 
     def forward(
@@ -105,29 +115,35 @@ class EncoderLayer(_Stand):
         src: Tensor,
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
-        is_causal: bool = False,
+        is_causal: bool | None = False,
     ) -> Tensor:
         """As ``nn.TransformerEncoderLayer``."""
-        if src_mask is not None or src_key_padding_mask is not None or is_causal:
-            masked = self.original(src, src_mask, src_key_padding_mask, is_causal)
-            return masked  # type: ignore[no-any-return]
+        masks = attend.additive(src_key_padding_mask, src), attend.additive(src_mask, src)
+        fused = self.fused or attend.fuses(self.self_attn.fused, True, *masks)
+        options = fused, *masks, is_causal
         if self.norm_first:
-            x = src + self.self_attn.attend(self.norm1(src))
+            x = src + self._attend(self.norm1(src), *options)
             return x + self._feed(self.norm2(x))
-        x = self.norm1(src + self.self_attn.attend(src))
+        x = self.norm1(src + self._attend(src, *options))
         return self.norm2(x + self._feed(x))  # type: ignore[no-any-return]
+
+    def _attend(self, x: Tensor, *options: Any) -> Tensor:
+        attention = self.self_attn
+        projected = attention.projected(x, x, x)
+        mixed = attend.attend(projected, attention.heads, attention.batch_first, *options)
+        return attention.out_proj(mixed[0])  # type: ignore[no-any-return]
 
     def _feed(self, x: Tensor) -> Tensor:
         return self.linear2(self.activation(self.linear1(x)))  # type: ignore[no-any-return]
 
 
 class Encoder(_Stand):
-    """A stack of encoder layers without masks."""
+    """``nn.TransformerEncoder``."""
 
     def __init__(self, original: nn.TransformerEncoder) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_stand_in(layer) or layer for layer in original.layers)
-        self.norm = original.norm
+        self.layers, self.norm = original.layers, original.norm
+        self.nested = original.use_nested_tensor
         self.original = original
 
     def forward(
@@ -138,12 +154,39 @@ class Encoder(_Stand):
         is_causal: bool | None = None,
     ) -> Tensor:
         """As ``nn.TransformerEncoder``."""
-        if mask is not None or src_key_padding_mask is not None or is_causal:
-            masked = self.original(src, mask, src_key_padding_mask, is_causal)
-            return masked  # type: ignore[no-any-return]
+        padding = attend.additive(src_key_padding_mask, src)
+        padded = attend.padded_positions(src, padding, mask, self.nested)
+        x = attend.blank(src, padded)
         for layer in self.layers:
-            src = layer(src)
-        return src if self.norm is None else self.norm(src)
+            x = layer(x, mask, padding, is_causal)
+        x = attend.blank(x, padded)
+        return x if self.norm is None else self.norm(x)
+
+
+class Decoder(_Stand):
+    """``nn.TransformerDecoder``, whose layers can be traced as they are."""
+
+    def __init__(self, original: nn.TransformerDecoder) -> None:
+        super().__init__()
+        self.layers, self.norm = original.layers, original.norm
+        self.original = original
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """As ``nn.TransformerDecoder``."""
+        masks = tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask
+        for layer in self.layers:
+            tgt = layer(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
+        return tgt if self.norm is None else self.norm(tgt)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -155,21 +198,24 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _stand_in(module: nn.Module) -> nn.Module | None:
-    inner = list(module.modules())
-    if any(m._forward_hooks or m._forward_pre_hooks for m in inner):
+    """What stands for ``module``, in which smaller modules have been replaced."""
+    if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
         return None
-    if type(module) is nn.TransformerEncoder:
-        return Encoder(module)
-    if type(module) is nn.TransformerEncoderLayer and _is_simple(module.self_attn):
-        return EncoderLayer(module)
     if type(module) is nn.MultiheadAttention and _is_simple(module):
-        return SelfAttention(module)
+        return Attention(module)
+    if type(module) is nn.TransformerEncoderLayer and isinstance(module.self_attn, Attention):
+        return EncoderLayer(module)
+    if type(module) is nn.TransformerEncoder and module.mask_check:
+        known = all(isinstance(layer, EncoderLayer) for layer in module.layers)
+        return Encoder(module) if known else None
+    if type(module) is nn.TransformerDecoder:
+        known = all(type(layer) is nn.TransformerDecoderLayer for layer in module.layers)
+        return Decoder(module) if known else None
     return None
 
 
 def _is_simple(m: nn.MultiheadAttention) -> bool:
-    whole = m._qkv_same_embed_dim and m.in_proj_weight is not None
-    return bool(whole and m.bias_k is None and m.bias_v is None and not m.add_zero_attn)
+    return m.bias_k is None and m.bias_v is None and not m.add_zero_attn
 
 
 def traceable(model: nn.Module) -> nn.Module:
@@ -183,12 +229,8 @@ def traceable(model: nn.Module) -> nn.Module:
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, BasePruningMethod):
                 remove(module, hook._tensor_name)
-    done: set[str] = set()
-    for name, module in list(copied.named_modules()):
-        if any(name == d or name.startswith(f"{d}.") for d in done if d):
-            continue
+    for name, module in reversed(list(copied.named_modules())):
         new = _stand_in(module)
         if new is not None:
             copied = replace(copied, name, new.eval())
-            done.add(name)
     return copied

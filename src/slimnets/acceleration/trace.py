@@ -14,6 +14,11 @@ IN_PLACE_FUNCTIONS = {operator.iadd, operator.imul, operator.isub, operator.itru
 class _Tracer(fx.Tracer):
     """Traces what can be traced; a module with control flow becomes one node."""
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) is nn.TransformerDecoderLayer:
+            return False
+        return super().is_leaf_module(m, module_qualified_name)
+
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -43,15 +48,16 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     fixed = {n: defaults[n] for n in names[arguments:]}
     if len(names) < arguments or any(value is _REQUIRED for value in fixed.values()):
         return None
-    state, attributes = torch.get_rng_state(), _attributes(model)
+    state, attributes, versions = torch.get_rng_state(), _attributes(model), versions_of(model)
     try:
         with torch.no_grad():
             graph = _Tracer().trace(model, concrete_args=fixed or None)
     except Exception:
         return None
-    unchanged = torch.equal(state, torch.get_rng_state()) and attributes == _attributes(model)
+    unchanged = attributes == _attributes(model) and versions == versions_of(model)
+    drawn = not torch.equal(state, torch.get_rng_state())
     torch.set_rng_state(state)
-    if not unchanged:
+    if drawn or not unchanged:
         return None
     for node in _placeholders(graph)[arguments:]:
         _erase(node)  # with its users: tracing asserts that a default is passed again
@@ -84,7 +90,17 @@ def _placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _attributes(model: nn.Module) -> dict[str, dict[str, int]]:
-    return {n: {k: id(v) for k, v in vars(m).items()} for n, m in model.named_modules()}
+    found = {}
+    for name, module in model.named_modules():  # constants are the tracer's own
+        own = {k: v for k, v in vars(module).items() if not k.startswith("_tensor_constant")}
+        found[name] = {k: id(v) for k, v in own.items()}
+    return found
+
+
+def versions_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """What differs after a parameter or buffer of ``model`` has been changed or exchanged."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {n: (id(t), 0 if t.is_inference() else t._version) for n, t in tensors}
 
 
 def module_of(node: fx.Node) -> nn.Module | None:
