@@ -101,6 +101,7 @@ bytes are the layer's input and output and 8 for each non-zero. The bandwidth is
 over as many bytes as one pass over the network touches, so from a cache where they fit; from
 memory it is {memory_bandwidth:.0f} GB/s. Above 100 %, the bytes of a layer came from a nearer
 cache than those of the whole network would. Layers that are computed otherwise have no figures.
+Steps are timed one by one, at their best; the whole network as a user calls it, in the median.
 """
 
 

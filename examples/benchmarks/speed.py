@@ -18,6 +18,7 @@ import json
 import statistics
 from math import isnan
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -55,9 +56,13 @@ def combination(figures: Figures, batch: int, threads: int) -> Figures:
     torch.set_num_threads(threads)
     name = figures["network"]
     x = torch.randn(batch, *NETWORKS[name][1])
+    start = perf_counter()
     with torch.inference_mode():
         calls, reports = contestants(name, x, threads, figures["zeros"], figures["compiled"])
         times = {n: summary(t) for n, t in in_turn(calls, figures["rounds"]).items()}
+    print(
+        f"batch {batch}, {plural(threads)}: measured in {perf_counter() - start:.0f} s", flush=True
+    )
     dense = times[EAGER]["median"]
     rows = [{"name": n, "ratio": dense / t["median"], **t} for n, t in times.items()]
     return {"batch": batch, "threads": threads, "rows": rows, "reports": reports}
@@ -232,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     for threads in options.threads:
         for batch in options.batches:
             if (threads, batch) in Results(figures).parts:
-                print(f"batch {batch}, {plural(threads)}: kept")
+                print(f"batch {batch}, {plural(threads)}: kept", flush=True)
                 continue
             figures["combinations"].append(combination(figures, batch, threads))
             if options.out:
