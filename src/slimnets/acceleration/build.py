@@ -24,6 +24,10 @@ SLACK = 4096
 """Floats before and after the arena, for tiles that read past the end of a value."""
 
 FIELDS = 24
+ADDRESSES = (3, 4, 5, 6, 11, 14, 16)
+"""Fields of a convolution that point to its data."""
+
+CACHE_LINE = 64
 
 
 @dataclass
@@ -37,7 +41,7 @@ class Table:
     outputs: list[Shape]
     products: int
     owners: list[str]  # of each op: the name of its step, "" at the borders
-    keep: list[Any] = field(repr=False)
+    data: Any = field(repr=False)  # what the addresses among the ops point to
 
 
 def build(
@@ -45,8 +49,9 @@ def build(
     inputs: Sequence[tuple[int, Shape]],
     outputs: Sequence[int],
     samples: int,
+    threads: int = 1,
 ) -> Table:
-    """The table for images of these shapes.
+    """The table for images of these shapes, to be run by one thread or by ``threads``.
 
     Raises:
         ValueError: If a step cannot be done on its shapes.
@@ -54,7 +59,7 @@ def build(
     shapes = dict(inputs)
     for step in steps:
         shapes[step.target] = step.shape(*(shapes[s] for s in step.sources))
-    return _Builder(steps, inputs, outputs, samples, shapes).table()
+    return _Builder(steps, inputs, outputs, samples, threads, shapes).table()
 
 
 class _Builder:
@@ -64,17 +69,19 @@ class _Builder:
         inputs: Sequence[tuple[int, Shape]],
         outputs: Sequence[int],
         samples: int,
+        threads: int,
         shapes: dict[int, Shape],
     ) -> None:
         self.steps, self.inputs, self.outputs = steps, inputs, outputs
-        self.samples, self.shapes = samples, shapes
+        self.samples, self.threads, self.shapes = samples, threads, shapes
         self.margins = self._margins()
         self.last_use = {s: i for i, step in enumerate(steps) for s in step.sources}
         self.last_use.update(dict.fromkeys(outputs, len(steps)))
         self.ops: list[list[int]] = []
         self.floats: list[tuple[float, float, float]] = []
         self.owners: list[str] = []
-        self.keep: list[Any] = []
+        self.data: list[Any] = []
+        self.size = CACHE_LINE  # bytes of the data; no address in it is 0, which is none
         self.places: dict[int, int] = {}
         self.free: dict[Layout, list[int]] = {}
         self.end, self.scratch, self.products = SLACK, 16, 0
@@ -92,11 +99,12 @@ class _Builder:
         ops = np.zeros((len(self.ops), FIELDS), np.int64)
         for i, op in enumerate(self.ops):
             ops[i, : len(op)] = op
+        data = self._together(ops)
         floats = np.array(self.floats, np.float32).reshape(-1, 3)
         shapes, end = [self.shapes[v] for v in self.outputs], self.end + SLACK
         if end > 2**31 - 1:
             raise ValueError("offsets that do not fit 32 bits")
-        more = (self.products, self.owners, self.keep)
+        more = (self.products, self.owners, data)
         return Table(ops, floats, end, self.scratch, shapes, *more)
 
     def _margins(self) -> dict[tuple[int, int], tuple[int, int]]:
@@ -136,9 +144,24 @@ class _Builder:
         self.floats.append((scale, *limits))
 
     def _array(self, values: Any, kind: Any) -> int:
-        array = np.ascontiguousarray(values, kind)
-        self.keep.append(array)
-        return int(array.ctypes.data)
+        """Where the values will stand in the data, in bytes."""
+        array = np.ascontiguousarray(values, kind).view(np.uint8).ravel()
+        at = self.size
+        self.data.append((at, array))
+        self.size += -(-array.nbytes // CACHE_LINE) * CACHE_LINE
+        return at
+
+    def _together(self, ops: Any) -> Any:
+        """All arrays in one, which huge pages can back; ``ops`` get their addresses."""
+        data = np.zeros(self.size + CACHE_LINE, np.uint8)
+        begin = -data.ctypes.data % CACHE_LINE
+        for at, array in self.data:
+            data[begin + at : begin + at + array.nbytes] = array
+        conv = ops[:, 0] == codes.CONV
+        for column in ADDRESSES:
+            used = conv & (ops[:, column] > 0)
+            ops[used, column] += data.ctypes.data + begin
+        return data
 
     def _border(self, code: int, number: int, value: int) -> None:
         at = self._target(value) if code == codes.IMPORT else self.places[value]
@@ -172,7 +195,8 @@ class _Builder:
             offsets, pitch = phases.offsets(weight), phases.layout.pitch
             at = self._split(source, at, phases)
         tiles = tiling(image, pitch)
-        blocked = block(weight, block_size(step, weight, tiles, self.samples))
+        channels = block_size(step, weight, tiles, self.samples)
+        blocked = block(weight, channels, self.threads)
         self.scratch = max(self.scratch, weight.outputs * tiles.rows * tiles.width)
         self.products += len(weight.values) * image.shape.height * image.shape.width * self.samples
         op = [codes.CONV, at, target]
@@ -211,7 +235,10 @@ class _Builder:
         op = [codes.POOL, at, self._target(step.target), s.channels, self.samples]
         op += [s.height, s.width, source.row, source.base, source.plane]
         op += [o.height, o.width, image.row, image.base, image.plane, *kernel, *step.stride]
-        op += [*step.padding, *step.dilation, int(step.maximum)]
+        op += [*step.padding, *step.dilation, codes.LARGEST if step.maximum else codes.SUM]
+        whole = o.height * 2 <= s.height and o.width * 2 <= s.width
+        if whole and op[15:] == [2, 2, 2, 2, 0, 0, 1, 1, codes.LARGEST]:
+            op[-1] = codes.HALVE
         self._emit(op, step, 1.0 if step.maximum else 1.0 / (kernel[0] * kernel[1]))
 
     def _add(self, step: Add) -> None:

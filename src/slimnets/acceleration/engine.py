@@ -14,11 +14,17 @@ from zlib import crc32
 
 from numba import njit
 
-from slimnets.acceleration import glue, memory, tile
+from slimnets.acceleration import codes, glue, memory, tile
 from slimnets.acceleration.codes import CONV, EXPORT, IMPORT, KINDS, PHASE, POOL
 from slimnets.acceleration.glue import border, elementwise, phase, pool
 from slimnets.acceleration.memory import arrive, load, load_int, wait
 from slimnets.acceleration.tile import FIRST, LAST, tile_kernel
+
+
+@njit(nogil=True)
+def first_row(rows, share, shares):
+    """Where a share of the rows of a block begins, as :func:`layout.block` has sorted them."""
+    return (rows * share + shares - 1) // shares
 
 
 def _convolution(rows: int, width: int) -> Any:
@@ -26,13 +32,11 @@ def _convolution(rows: int, width: int) -> Any:
     add_up = tile_kernel(rows, width, unroll=4 if size <= 8 else 2 if size <= 16 else 1)
 
     @njit(nogil=True)
-    def convolve(op, lo, hi, arena, scratch, tile0, tile1, row0, row_step):
+    def convolve(op, lo, hi, arena, scratch, tile0, tile1, share, shares):
         vals, offs, pointers, order = op[3], op[4], op[5], op[6]
         blocks, channels, xs, ys, tiles = op[7], op[8], op[9], op[10], op[11]
         bias, residual, mask, plane = op[14], op[15], op[16], op[17]
-        share, mine = 0, 1
-        if blocks > 1:  # rows come in another order in every block: a thread keeps its channels
-            share, mine, row0, row_step = row0, row_step, 0, 1
+        row0, row1 = first_row(channels, share, shares), first_row(channels, share + 1, shares)
         for t in range(tile0, tile1):
             x_at = arena + 4 * (op[1] + load_int(tiles, 2 * t))
             start = load_int(tiles, 2 * t + 1)
@@ -41,10 +45,8 @@ def _convolution(rows: int, width: int) -> Any:
             m_at = 0 if mask == 0 else mask + 4 * start
             for block in range(blocks):
                 flags = (FIRST if block == 0 else 0) | (LAST if block == blocks - 1 else 0)
-                for at in range(block * channels + row0, (block + 1) * channels, row_step):
+                for at in range(block * channels + row0, block * channels + row1):
                     channel = load_int(order, at)
-                    if channel % mine != share:
-                        continue
                     add_up(
                         vals,
                         offs,
@@ -73,30 +75,30 @@ _c0, _c1, _c2, _c3, _c4, _c5, _c6, _c7, _c8, _c9 = (_convolution(*kind) for kind
 def conv(op, lo, hi, arena, scratch, thread, threads):
     """A sparse convolution; threads share its tiles, or its output channels if tiles are few."""
     tiles, kind = op[12], op[13]
-    tile0, tile1, row0, step = 0, tiles, thread, threads
+    tile0, tile1, share, shares = 0, tiles, thread, threads
     if tiles % threads == 0 or tiles >= 8 * threads:
         tile0, tile1 = tiles * thread // threads, tiles * (thread + 1) // threads
-        row0, step = 0, 1
+        share, shares = 0, 1
     if kind == 0:
-        _c0(op, lo, hi, arena, scratch, tile0, tile1, row0, step)
+        _c0(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
     elif kind == 1:
-        _c1(op, lo, hi, arena, scratch, tile0, tile1, row0, step)
+        _c1(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
     elif kind == 2:
-        _c2(op, lo, hi, arena, scratch, tile0, tile1, row0, step)
+        _c2(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
     elif kind == 3:
-        _c3(op, lo, hi, arena, scratch, tile0, tile1, row0, step)
+        _c3(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
     elif kind == 4:
-        _c4(op, lo, hi, arena, scratch, tile0, tile1, row0, step)
+        _c4(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
     elif kind == 5:
-        _c5(op, lo, hi, arena, scratch, tile0, tile1, row0, step)
+        _c5(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
     elif kind == 6:
-        _c6(op, lo, hi, arena, scratch, tile0, tile1, row0, step)
+        _c6(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
     elif kind == 7:
-        _c7(op, lo, hi, arena, scratch, tile0, tile1, row0, step)
+        _c7(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
     elif kind == 8:
-        _c8(op, lo, hi, arena, scratch, tile0, tile1, row0, step)
+        _c8(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
     else:
-        _c9(op, lo, hi, arena, scratch, tile0, tile1, row0, step)
+        _c9(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
 
 
 def _compiled(kernel_version: int) -> Any:
@@ -127,7 +129,10 @@ def _compiled(kernel_version: int) -> Any:
         return njit(nogil=True)(interpret)
 
 
-_SOURCES = b"".join(Path(module.__file__).read_bytes() for module in (glue, memory, tile))
+_SOURCES = b"".join(Path(module.__file__).read_bytes() for module in (codes, glue, memory, tile))
 
 interpret = _compiled(crc32(_SOURCES))
-"""Run all steps as thread number ``thread`` of ``threads``, which share arena and barrier."""
+"""Run all steps as thread number ``thread`` of ``threads``, which share arena and barrier.
+
+``threads`` is that of the table, or one.
+"""

@@ -6,7 +6,7 @@
 import numpy as np
 from numba import njit
 
-from slimnets.acceleration.codes import ADD, IMPORT
+from slimnets.acceleration.codes import ADD, HALVE, IMPORT, LARGEST
 from slimnets.acceleration.memory import load, store
 
 
@@ -58,7 +58,7 @@ def _combine(op, src, dst, at, step, low, high):
     """Takes one tap of a pooling window into the outputs ``low..high`` of one row."""
     samples = op[4]
     if samples == 1:
-        if op[23] == 1:
+        if op[23] == LARGEST:
             for o in range(low, high):
                 value, best = load(src, o * step + at), load(dst, o)
                 store(dst, o, value if value > best or value != value else best)
@@ -70,11 +70,35 @@ def _combine(op, src, dst, at, step, low, high):
         for s in range(samples):
             value = load(src, (o * step + at) * samples + s)
             best = load(dst, o * samples + s)
-            if op[23] == 1:
+            if op[23] == LARGEST:
                 best = value if value > best or value != value else best
             else:
                 best += value
             store(dst, o * samples + s, best)
+
+
+@njit(nogil=True)
+def _largest(a, b):
+    return b if b > a or b != b else a  # as PyTorch's, NaN is the largest
+
+
+@njit(nogil=True)
+def _halve(op, lo, hi, arena, thread, threads):
+    """Maximum of every 2 x 2 pixels, which is most networks' pooling, in one pass."""
+    n, out_h, out_w = op[4], op[10], op[11]
+    row = op[7]
+    for at in range(op[3] * thread // threads * out_h, op[3] * (thread + 1) // threads * out_h):
+        c, o = at // out_h, at % out_h
+        upper = arena + 4 * (op[1] + op[8] + c * op[9] + 2 * o * row)
+        lower = upper + 4 * row
+        dst = arena + 4 * (op[2] + op[13] + c * op[14] + o * op[12])
+        for i in range(out_w):
+            for s in range(n):
+                j = 2 * i * n + s
+                above = _largest(load(upper, j), load(upper, j + n))
+                value = _largest(above, _largest(load(lower, j), load(lower, j + n)))
+                value = lo if value < lo else value
+                store(dst, i * n + s, hi if value > hi else value)
 
 
 @njit(nogil=True)
@@ -84,11 +108,14 @@ def pool(op, scale, lo, hi, arena, thread, threads):
     in_row, in_plane, out_h, out_w = op[7], op[9], op[10], op[11]
     out_row, out_plane = op[12], op[14]
     sh, sw = op[17], op[18]
+    if op[23] == HALVE:
+        _halve(op, lo, hi, arena, thread, threads)
+        return
     for at in range(thread, channels * out_h, threads):
         c, o = at // out_h, at % out_h
         src = arena + 4 * (op[1] + op[8] + c * in_plane)
         dst = arena + 4 * (op[2] + op[13] + c * out_plane + o * out_row)
-        start = np.float32(-np.inf) if op[23] == 1 else np.float32(0)
+        start = np.float32(-np.inf) if op[23] == LARGEST else np.float32(0)
         for i in range(out_w * n):
             store(dst, i, start)
         for ky in range(op[15]):

@@ -137,16 +137,18 @@ class Blocked:
     pointers: Ints  # (blocks * outputs + 1): where each begins
 
 
-def block(weight: NonZeros, channels: int) -> Blocked:
+def block(weight: NonZeros, channels: int, shares: int = 1) -> Blocked:
     """Sort ``weight`` into blocks of ``channels`` input channels.
 
-    Rows of one block are sorted by length, so that the end of the inner loop is predicted.
+    Rows of one block are sorted by length, so that the end of the inner loop is predicted, within
+    ``shares`` of neighbours: threads that wrote to neighbours would write to one cache line.
     """
     which = weight.local // channels
     blocks = int(which.max()) + 1 if len(which) else 1
     counts = np.bincount(which * weight.outputs + weight.row, minlength=blocks * weight.outputs)
     counts = counts.reshape(blocks, weight.outputs)
-    rows = np.argsort(-counts, axis=1, kind="stable")
+    share = np.arange(weight.outputs) * shares // weight.outputs
+    rows = np.argsort(share * (counts.max(initial=0) + 1) - counts, axis=1, kind="stable")
     rank = np.empty_like(rows)
     np.put_along_axis(rank, rows, np.arange(weight.outputs)[None], axis=1)
     order = np.lexsort((weight.channel, rank[which, weight.row], which))

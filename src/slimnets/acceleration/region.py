@@ -17,7 +17,7 @@ from slimnets.acceleration.steps import Shape, Step
 from slimnets.acceleration.threads import together
 
 ARENA_BYTES = 16 << 20
-"""What the activations of the samples computed at once may take: most of a last-level cache."""
+"""What the activations of all samples computed at once may take: most of a last-level cache."""
 
 MOST_SAMPLES = 256
 SHAPES_KEPT = 8
@@ -42,43 +42,75 @@ class _Plan:
     ) -> None:
         self.arguments = (steps, inputs, outputs)
         self.inputs = [shape for _, shape in inputs]
-        self.tables: dict[int, Table] = {}
-        self.arenas: dict[int, list[Any]] = {}
+        self.tables: dict[tuple[int, int], Table] = {}  # by samples and threads
+        self.arenas: dict[tuple[int, int], list[Any]] = {}
         self.lock = threading.Lock()
-        bytes_of_one = self.table(1).arena * 4
-        most = max(1, min(MOST_SAMPLES, ARENA_BYTES // bytes_of_one))
-        self.most = 1 << (most.bit_length() - 1)
+        self.outputs = self.table(1).outputs
+        self.sizes = [shape.size for shape in (*self.inputs, *self.outputs)]
 
-    def table(self, samples: int) -> Table:
+    def table(self, samples: int, threads: int = 1) -> Table:
+        key = samples, threads
         with self.lock:
-            if samples not in self.tables:
-                self.tables[samples] = build(*self.arguments, samples)
-            return self.tables[samples]
+            if key not in self.tables:
+                self.tables[key] = build(*self.arguments, *key)
+            return self.tables[key]
 
-    def profile(self, samples: int, io: Any) -> dict[str, float]:
+    def pieces(self, batch: int, threads: int = 1) -> list[tuple[int, int]]:
+        """Cut the samples into (first, number): powers of two that fit a cache."""
+        most = min(MOST_SAMPLES, ARENA_BYTES // (4 * self.table(1).arena))
+        if threads > 1:
+            most = min(most, batch // threads)
+        first, found = 0, []
+        while first < batch:
+            samples = 1 << (max(1, min(most, batch - first)).bit_length() - 1)
+            found.append((first, samples))
+            first += samples
+        return found
+
+    def profile(self, batch: int, io: Any) -> dict[str, float]:
         """Seconds that each step takes in one thread, by its name."""
-        table, seconds = self.table(samples), dict[str, float]()
-        memory = _zeros(table.arena + table.scratch + 64)
-        base = int(memory.ctypes.data)
-        best = [float("inf")] * len(table.ops)
-        for _ in range(PROFILE_RUNS):
-            for i in range(len(table.ops)):
-                at = (base, base + 4 * table.arena, io, 0, 0, 1)
-                start = perf_counter()
-                interpret(table.ops[i : i + 1], table.floats[i : i + 1], *at)
-                best[i] = min(best[i], perf_counter() - start)
-        for owner, time in zip(table.owners, best, strict=True):
-            seconds[owner] = seconds.get(owner, 0.0) + time
+        seconds: dict[str, float] = {}
+        for first, samples in self.pieces(batch):
+            table = self.table(samples)
+            memory = _zeros(table.arena + table.scratch)
+            base = int(memory.ctypes.data)
+            at = (base, base + 4 * table.arena, self._addresses(io, first), 0, 0, 1)
+            best = [float("inf")] * len(table.ops)
+            for _ in range(PROFILE_RUNS):
+                for i in range(len(table.ops)):
+                    start = perf_counter()
+                    interpret(table.ops[i : i + 1], table.floats[i : i + 1], *at)
+                    best[i] = min(best[i], perf_counter() - start)
+            for owner, time in zip(table.owners, best, strict=True):
+                seconds[owner] = seconds.get(owner, 0.0) + time
         return seconds
 
-    def run(self, samples: int, io: Any, most_threads: int) -> None:
-        table = self.table(samples)
-        threads = max(1, min(most_threads, table.products // PRODUCTS_WORTH_A_THREAD))
-        arenas = self.arenas.setdefault(samples, [])
+    def run(self, batch: int, io: Any, most_threads: int) -> None:
+        """Compute all samples; threads share out the samples, or one sample's work if they must."""
+        products = self.table(1).products
+        threads = max(1, min(most_threads, batch * products // PRODUCTS_WORTH_A_THREAD))
+        if batch < threads:
+            for first, samples in self.pieces(batch):
+                self._piece(samples, self._addresses(io, first), threads)
+            return
+        pieces = self.pieces(batch, threads)
+        for _, samples in pieces:
+            self.table(samples)
+        waiting = iter(pieces)  # the threads take from it in turn
+
+        def share(thread: int, threads: int) -> None:
+            for first, samples in waiting:
+                self._piece(samples, self._addresses(io, first), 1)
+
+        together(share, threads)
+
+    def _piece(self, samples: int, io: Any, threads: int) -> None:
+        table = self.table(samples, threads)
+        arenas = self.arenas.setdefault((samples, threads), [])
         try:  # not shared between Python threads; pop and append are atomic
             memory = arenas.pop()
         except IndexError:
-            memory = _zeros(table.arena + most_threads * table.scratch + 64)
+            memory = _zeros(table.arena + threads * table.scratch)
         base = int(memory.ctypes.data)
         barrier = np.zeros(16, np.int64)
 
@@ -87,15 +119,21 @@ class _Plan:
             at = (base, scratch, io, int(barrier.ctypes.data), thread, threads)
             interpret(table.ops, table.floats, *at)
 
-        together(job, threads)
+        if threads > 1:
+            together(job, threads)
+        else:
+            job(0, 1)
         arenas.append(memory)
+
+    def _addresses(self, io: Any, first: int) -> Any:
+        return io + 4 * first * np.array(self.sizes, np.int64)
 
 
 Run = Callable[[_Plan, int, Any], None]
 
 
 def _zeros(floats: int) -> Any:
-    memory = np.zeros(floats + 16, np.float32)
+    memory = np.zeros(floats + 64 + 16, np.float32)
     first = -memory.ctypes.data // 4 % 16
     return memory[first:]  # at a cache line
 
@@ -136,7 +174,7 @@ class Region(nn.Module):
     def forward(self, *arguments: Any) -> Any:
         """The outputs for these tensors; numbers among them are for the fallback."""
         threads = torch.get_num_threads()
-        return self._forward(arguments, lambda plan, n, io: plan.run(n, io, threads))
+        return self._forward(arguments, lambda plan, batch, io: plan.run(batch, io, threads))
 
     def _forward(self, arguments: tuple[Any, ...], run: Run) -> Any:
         used = [arguments[port.argument] for port in self.inputs]
@@ -146,39 +184,21 @@ class Region(nn.Module):
         tensors = [t.contiguous() for t in used]
         lead = tensors[0].shape[:-1] if self.inputs[0].features else tensors[0].shape[:1]
         results = []
-        for port, shape in zip(self.outputs, plan.table(1).outputs, strict=True):
+        for port, shape in zip(self.outputs, plan.outputs, strict=True):
             tail = (shape.size,) if port.features else (shape.channels, shape.height, shape.width)
             results.append(torch.empty(*lead, *tail))
-        self._compute(plan, batch, tensors, results, run)
+        run(plan, batch, np.array([t.data_ptr() for t in (*tensors, *results)], np.int64))
         return results[0] if len(results) == 1 else tuple(results)
 
     def profile(self, *arguments: Any) -> dict[str, float]:
         """Seconds that each step takes for these arguments in one thread; "" are the borders."""
         seconds: dict[str, float] = {}
 
-        def add(plan: _Plan, samples: int, io: Any) -> None:
-            for name, time in plan.profile(samples, io).items():
-                seconds[name] = seconds.get(name, 0.0) + time
+        def add(plan: _Plan, batch: int, io: Any) -> None:
+            seconds.update(plan.profile(batch, io))
 
         self._forward(arguments, add)
         return seconds
-
-    def _compute(
-        self,
-        plan: _Plan,
-        batch: int,
-        tensors: Sequence[Tensor],
-        results: Sequence[Tensor],
-        run: Run,
-    ) -> None:
-        addresses = np.array([t.data_ptr() for t in (*tensors, *results)], np.int64)
-        sizes = [s.size for s in (*plan.inputs, *plan.table(1).outputs)]
-        steps = 4 * np.array(sizes, np.int64)
-        done = 0
-        while done < batch:
-            samples = min(plan.most, 1 << ((batch - done).bit_length() - 1))
-            run(plan, samples, addresses + done * steps)
-            done += samples
 
     def _plan(self, tensors: Sequence[Any]) -> tuple[_Plan | None, int]:
         shapes, batches = [], set()

@@ -49,10 +49,13 @@ def together(job: Callable[[int, int], None], threads: int) -> None:
     try:
         team.lend(threads - 1)
         done = threading.Semaphore(0)
+        failures: list[BaseException] = []
 
         def run(number: int) -> None:
             try:
                 job(number, threads)
+            except BaseException as failure:  # raised in the thread that called
+                failures.append(failure)
             finally:
                 done.release()
 
@@ -61,6 +64,8 @@ def together(job: Callable[[int, int], None], threads: int) -> None:
         job(0, threads)
         for _ in range(threads - 1):
             done.acquire()
+        if failures:
+            raise failures[0]
     except BaseException:  # interrupted: its threads may wait for this one for ever
         _team = _Team()
         raise
