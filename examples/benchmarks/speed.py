@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.quick:
-        options.network, options.batches = "tiny", [2]
+        options.network, options.batches, options.threads = "tiny", [1, 2], [1]
         options.zeros, options.rounds, options.no_compile = [0.0, 0.9], 4, True
     figures = {
         "machine": machine(*PACKAGES),

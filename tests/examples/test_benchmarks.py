@@ -62,7 +62,7 @@ def test_speed(tmp_path: Path) -> None:
     path.write_text(json.dumps(foreign))
     assert "slimnets, 90 %" in quick("speed.py", "--out", path.parent)
     found = figures(path)
-    assert [part["threads"] for part in found["combinations"]] == [1, 2]
+    assert [part["batch"] for part in found["combinations"]] == [1, 2]
     for part in found["combinations"]:
         names = {row["name"] for row in part["rows"]}
         assert {"PyTorch eager", "torch.export", "slimnets, 90 %", "slimnets, factorized"} <= names
@@ -71,14 +71,17 @@ def test_speed(tmp_path: Path) -> None:
 
     one, _ = found["combinations"]
     path.write_text(json.dumps({**found, "combinations": [one]}))  # as if it had been stopped
-    assert "batch 2, 1 thread: kept" in quick("speed.py", "--out", path.parent)
+    assert "batch 1, 1 thread: kept" in quick("speed.py", "--out", path.parent)
     assert figures(path)["combinations"][0] == one
     assert len(figures(path)["combinations"]) == 2
 
+    found["combinations"].append({**one, "threads": 2})  # as fast as one
+    path.write_text(json.dumps(found))
     run_script(BENCHMARKS / "page.py", path.parent)
     page = (tmp_path / "benchmarks.md").read_text()
-    assert "2 threads, times as fast as one" in page
-    assert "| slimnets, factorized, 90 % " in page
+    threads = page.split("2 threads, times as fast as one:")[1].split("The factorized network")[0]
+    assert threads.count("1.00x") == 5
+    assert "| slimnets, factorized, 90 % " in threads
 
 
 @pytest.mark.slow
