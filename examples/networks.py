@@ -1,4 +1,4 @@
-"""The networks of the SlimNets paper (arXiv 1808.00496), for images of 32 x 32 pixels.
+"""The networks of the SlimNets paper (arXiv 1808.00496) and a small residual one, for 32 x 32.
 
 All take (batch, 3, 32, 32) and give logits (batch, classes).
 """
@@ -131,10 +131,52 @@ class CNN(nn.Sequential):
         )
 
 
+class Residual(nn.Module):
+    """Two convolutions, added to what they read."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *_normed_convolution(channels, channels), *_normed_convolution(channels, channels)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As large as ``images`` (batch, channels, height, width)."""
+        return images + self.body(images)
+
+
+class ResNet10(nn.Sequential):
+    """A small residual network in the manner of DAWNBench's fastest, with one more residual.
+
+    Args:
+        classes: The number of classes.
+        width: Channels relative to 64, 128, 256 and 512.
+    """
+
+    def __init__(self, classes: int = 10, width: float = 1.0) -> None:
+        c1, c2, c3, c4 = (max(1, round(c * width)) for c in (64, 128, 256, 512))
+        super().__init__(
+            *_normed_convolution(3, c1),
+            *_normed_convolution(c1, c2),
+            nn.MaxPool2d(2),
+            Residual(c2),
+            *_normed_convolution(c2, c3),
+            nn.MaxPool2d(2),
+            Residual(c3),
+            *_normed_convolution(c3, c4),
+            nn.MaxPool2d(2),
+            Residual(c4),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
+            nn.Linear(c4, classes),
+        )
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{f"vgg{depth}": partial(VGG, depth) for depth in CONFIGURATIONS},
     **{f"vgg{depth}-plain": partial(VGG, depth, batch_norm=False) for depth in CONFIGURATIONS},
     "vgg19-quarter": partial(VGG, 19, width=0.25),
+    "resnet10-quarter": partial(ResNet10, width=0.25),
     "nin": NIN,
     "alexnet": AlexNet,
     "snn-1k": SNN,
@@ -157,6 +199,11 @@ def he_initialize(network: nn.Module) -> None:
 
 def _convolution(channels: int, out: int, **arguments: int) -> tuple[nn.Module, nn.Module]:
     return nn.Conv2d(channels, out, **arguments), nn.ReLU(inplace=True)
+
+
+def _normed_convolution(channels: int, out: int) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(channels, out, kernel_size=3, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(out), nn.ReLU(inplace=True)
 
 
 def _lenet() -> tuple[nn.Module, ...]:

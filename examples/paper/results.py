@@ -130,8 +130,18 @@ def page(results: Results, command: str) -> str:
         "Low rank": (TABLES["low-rank"], {**basic, **sizes, **speeds}),
         "Students, alone and distilled": (TABLES["students"], basic),
         "The methods compared": (TABLES["methods"], {**basic, **sizes, **work, **speeds}),
-        "Combined": (TABLES["combined"], {**basic, **int8, **sizes, **speeds}),
+        "All at once, from random weights": (
+            TABLES["stacked"],
+            {**basic, **int8, **sizes, **speeds},
+        ),
     }
+    for network in ("residual", "vgg19", "nin", "narrow"):
+        runs = [run.of for run in TABLES[f"combined-{network}"] if run.of]
+        columns = {**basic, **int8, **sizes, **speeds}
+        sections[f"Combined: {runs[0].network}"] = (
+            [*runs, *TABLES[f"combined-{network}"]],
+            columns,
+        )
     parts = [HEAD.format(command=command)]
     for title, (runs, columns) in sections.items():
         if table := results.table([REFERENCE, *runs], columns):

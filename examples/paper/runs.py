@@ -43,18 +43,19 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """The largest of SGD's cosine, as chosen on held-out training images."""
-        if self.of is not None or not self.network.startswith("vgg") or "plain" in self.network:
+        """The largest of SGD's cosine."""
+        if self.of is not None or self.network in WITHOUT_NORM:
             return 0.01  # trained weights, and networks without batch norm, do not survive more
-        return 0.05
+        return 0.1 if self.network == RESIDUAL else 0.05
 
 
 REFERENCE = Run()
 """The dense VGG-19 that everything is compared with and taught by."""
 
 STUDENTS = ("snn-1k", "snn-10k", "cnn-1k", "cnn-10k", "alexnet", "nin")
+WITHOUT_NORM = {*STUDENTS, "vgg11-plain", "vgg13-plain", "vgg16-plain", "vgg19-plain"}
 SPARSITIES = (0.4, 0.75, 0.875, 0.9, 0.95, 0.98, 0.99)
-NARROW = "vgg19-quarter"
+NARROW, RESIDUAL = "vgg19-quarter", "resnet10-quarter"
 
 DENSE = Run(of=REFERENCE)
 """The reference, trained on for as long as what is compressed."""
@@ -70,20 +71,17 @@ def factorized(rank: str | float, decomposition: Literal["spatial", "channel"] =
     return Run(of=REFERENCE, rank=rank, decomposition=decomposition)
 
 
-def combined(network: str) -> list[Run]:
-    """All pairs of methods, and all three."""
-    begin = REFERENCE if network == REFERENCE.network else Run(network, distilled=True)
-    rank = "paper" if begin == REFERENCE else 0.5
-    go_on = Run(network, of=begin)
+def combined(network: str, rank: str | float, *sparsities: float) -> list[Run]:
+    """All pairs of methods, and all three, with the first of ``sparsities``; then with others."""
+    go_on = Run(network, of=REFERENCE if network == "vgg19" else Run(network, distilled=True))
+    first, *others = sparsities
     return [
-        replace(go_on, sparsity=0.9, distilled=True),
+        replace(go_on, rank=rank, sparsity=first, distilled=True),
+        replace(go_on, sparsity=first, distilled=True),
         replace(go_on, rank=rank, distilled=True),
-        replace(go_on, rank=rank, sparsity=0.9),
-        replace(go_on, rank=rank, sparsity=0.9, distilled=True),
-        replace(go_on, rank=rank, sparsity=0.95, distilled=True),
-        replace(go_on, sparsity=0.95, distilled=True),
-        replace(go_on, sparsity=0.98, distilled=True),
-        replace(go_on, sparsity=0.99, distilled=True),
+        replace(go_on, rank=rank, sparsity=first),
+        *(replace(go_on, sparsity=other, distilled=True) for other in others),
+        *(replace(go_on, rank=rank, sparsity=other, distilled=True) for other in others),
     ]
 
 
@@ -106,7 +104,18 @@ TABLES: dict[str, list[Run]] = {
         factorized("paper"),
         Run("nin", distilled=True),
         Run(NARROW, distilled=True),
+        Run(RESIDUAL, distilled=True),
     ],
-    "combined": [run for network in ("vgg19", "nin", NARROW) for run in combined(network)],
+    "stacked": [  # all at once, from random weights, on one Trainer
+        Run(RESIDUAL, sparsity=0.8, distilled=True),
+        Run(RESIDUAL, rank=0.3, sparsity=0.8, distilled=True),
+        Run(RESIDUAL, sparsity=0.9, distilled=True),
+        Run(RESIDUAL, distilled=True),
+        Run(RESIDUAL),
+    ],
+    "combined-residual": combined(RESIDUAL, 0.3, 0.8, 0.9),
+    "combined-vgg19": combined("vgg19", "paper", 0.9, 0.95, 0.98, 0.99),
+    "combined-nin": combined("nin", 0.3, 0.75, 0.4, 0.875),
+    "combined-narrow": combined(NARROW, 0.3, 0.9, 0.95),
 }
 """Each table's runs; what they begin with is trained first."""

@@ -138,6 +138,7 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
     begun = trained(run.of, seed, settings) if run.of else None
     L.seed_everything(seed, verbose=False)
     network = NETWORKS[run.network]() if begun is None else begun
+    network.to(memory_format=torch.channels_last)  # faster on CPUs, and no slower on GPUs
     data = _data(settings, teacher)
     optimizer = sgd(run.learning_rate, settings.epochs_of(run))
     module: L.LightningModule = Classifier(network, optimizer)
@@ -222,9 +223,9 @@ def _data(settings: Settings, teacher: nn.Module | None = None) -> CIFAR10:
         "batch_size": settings.batch_size,
         "held_out": settings.held_out,
     }
-    file = settings.folder / f"answers-{settings.answers}-{settings.held_out}.pt"
+    folder = settings.folder / "answers"
     remembers = settings.answers and teacher is not None
-    data = AnsweredCIFAR10(file, settings.answers, **given) if remembers else CIFAR10(**given)
+    data = AnsweredCIFAR10(folder, settings.answers, **given) if remembers else CIFAR10(**given)
     data.setup("fit")
     if not settings.held_out:
         data.validation = data.test
