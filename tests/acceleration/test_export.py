@@ -1,5 +1,7 @@
 """Exported files, run in the runtimes they are for."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -87,7 +89,27 @@ def _openvino(path, x):
     return torch.from_numpy(compiled(x.numpy())[0])
 
 
+@pytest.mark.filterwarnings("ignore")  # executorch's use of what torch and Python deprecate
+def test_pte(tmp_path):
+    pytest.importorskip("executorch")
+    from executorch.runtime import Runtime
+
+    model = network()
+    path = export(model, torch.randn(4, 3, 8, 8), tmp_path / "net.pte")
+    method = Runtime.get().load_program(path).load_method("forward")
+    for n in (1, 4):
+        x = torch.randn(n, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(method.execute([x])[0], model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    with pytest.raises(ImportError, match="executorch: pip install executorch"):
+        export(network(), torch.randn(1, 3, 8, 8), tmp_path / "net.pte")
+
+
 def test_another_suffix(tmp_path):
-    with pytest.raises(ValueError, match=r"net\.bin.*\.pt2 or \.onnx"):
+    with pytest.raises(ValueError, match=r"net\.bin.*\.pt2, \.onnx, \.pte"):
         export(network(), torch.randn(1, 3, 8, 8), tmp_path / "net.bin")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """The compressed network for other runtimes."""
 
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from slimnets.acceleration.shrink import shrink
 from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace
 from slimnets.layers import compressed_network
 
-SUFFIXES = (".pt2", ".onnx")
+PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript"), ".pte": ("executorch",)}
 
 
 def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
@@ -27,25 +28,23 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
         model: Any module that ``torch.export`` understands; it is copied and left as it is.
         example_input: An input tensor, or a tuple of the arguments of ``forward``.
         path: Where to: ``*.pt2`` for ``torch.export.load``, ``*.onnx`` for ONNX Runtime, OpenVINO
-            and others (needs ``onnx`` and ``onnxscript``).
+            and others (needs ``onnx`` and ``onnxscript``), ``*.pte`` for ExecuTorch with XNNPACK
+            (needs ``executorch``; the batch is that of ``example_input``, or smaller).
 
     Returns:
         ``path``.
 
     Raises:
-        ValueError: If the suffix is neither.
+        ValueError: If the suffix is another.
         ImportError: If a package for the format is missing.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(
-            f"path={str(path)!r}: expected a name that ends in {' or '.join(SUFFIXES)}"
-        )
-    missing = [n for n in ("onnx", "onnxscript") if path.suffix == ".onnx" and not find_spec(n)]
+    if path.suffix not in PACKAGES:
+        raise ValueError(f"path={str(path)!r}: expected a name that ends in {', '.join(PACKAGES)}")
+    missing = [name for name in PACKAGES[path.suffix] if not find_spec(name)]
     if missing:
-        raise ImportError(
-            f"{path.suffix} needs {' and '.join(missing)}: pip install slimnets[export]"
-        )
+        extra = "executorch" if path.suffix == ".pte" else "slimnets[export]"
+        raise ImportError(f"{path.suffix} needs {' and '.join(missing)}: pip install {extra}")
     example = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
     with torch.no_grad():
         network = simplified(compressed_network(model), example)
@@ -70,17 +69,36 @@ def simplified(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
 
 def _at_least_two(value: Any) -> Any:
     # torch.export takes a dimension of one for a constant
-    one = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == 1
-    return torch.cat([value, value]) if one else value
+    return torch.cat([value, value]) if _is_batch(value) and value.shape[0] == 1 else value
 
 
 def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
-    batch = torch.export.Dim.AUTO
-    free = tuple({0: batch} if isinstance(v, Tensor) and v.dim() > 1 else None for v in example)
+    mobile = path.suffix == ".pte"
+    free = tuple({0: _batch(v, mobile)} if _is_batch(v) else None for v in example)
     with warnings.catch_warnings():  # the exporters' own, about versions to come
         warnings.simplefilter("ignore")
         program = torch.export.export(network, example, dynamic_shapes=free)
-        if path.suffix == ".pt2":
+        if mobile:
+            path.write_bytes(_executorch(program))
+        elif path.suffix == ".pt2":
             torch.export.save(program, path)
         else:
             torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 1
+
+
+def _batch(value: Tensor, mobile: bool) -> Any:
+    dimension = torch.export.Dim.AUTO
+    # ExecuTorch plans its memory ahead
+    return dimension(min=1, max=value.shape[0]) if mobile else dimension
+
+
+def _executorch(program: torch.export.ExportedProgram) -> bytes:
+    exir = import_module("executorch.exir")
+    xnnpack = import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    partitioner = [xnnpack.XnnpackPartitioner()]
+    edge = exir.to_edge_transform_and_lower(program, partitioner=partitioner)
+    return edge.to_executorch().buffer  # type: ignore[no-any-return]

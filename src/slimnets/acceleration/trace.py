@@ -61,6 +61,8 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
         return None
     for node in _placeholders(graph)[arguments:]:
         _erase(node)  # with its users: tracing asserts that a default is passed again
+    for node in graph.nodes:
+        node.type = None  # torch 2.6 cannot write `Tensor | None` twice
     traced = fx.GraphModule(model, graph)
     _order_in_place(traced)
     _flatten_views(traced)
