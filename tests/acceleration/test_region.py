@@ -192,6 +192,36 @@ def test_nan_and_infinities_pass_as_in_pytorch():
     assert network(x)[1, :, 3:6, 3:6].isnan().any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["depthwise", "average", "linear", "residual"])
+def test_they_pass_through_every_step(name, value):
+    first = nn.Conv2d(4, 4, 3, padding=1, stride=2, groups=4 if name == "depthwise" else 1)
+    then = {
+        "depthwise": [nn.ReLU6()],
+        "average": [nn.AvgPool2d(2, padding=1), nn.BatchNorm2d(4), nn.ReLU()],
+        "linear": [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)],
+        "residual": [Residual()],
+    }
+    network, x = nn.Sequential(first, *then[name]).eval(), torch.randn(3, 4, 12, 12)
+    for strange in (x.clone(), x[:, :, ::2, ::2], x.transpose(2, 3)):
+        strange[1, 2, 3, 3] = value
+        with torch.no_grad():
+            graph, found = in_engine(network, x)
+            assert found
+            expected, result = network(strange), graph(strange)
+            assert not expected.isfinite().all() or name == "depthwise"
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return torch.cat([F.relu(self.layer(x) + x), x], 1)
+
+
 def test_several_threads_and_several_callers(request):
     torch.set_num_threads(3)
     request.addfinalizer(lambda: torch.set_num_threads(1))
