@@ -1,0 +1,81 @@
+"""Several threads compute what one does, however many there are from one call to the next."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("numba", reason="the engine is compiled by numba")
+
+from slimnets.acceleration.partition import annotate, cut
+from slimnets.acceleration.threads import together
+from slimnets.acceleration.trace import Recorder, trace
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+def network() -> nn.Module:
+    """Enough products for several threads, in many tiles and in few."""
+    return nn.Sequential(
+        nn.Conv2d(3, 40, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(40, 130, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.Conv2d(130, 7, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(7 * 16, 33),
+    ).eval()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 16, 37])
+@torch.no_grad()
+def test_any_number_of_threads_gives_the_same(batch: int) -> None:
+    model, x = network(), torch.randn(batch, 3, 16, 16)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(torch.rand_like(parameter) < 0.5)
+    graph = trace(model, 1)
+    assert graph is not None
+    Recorder(graph).run(x)
+    cut(graph, annotate(graph))
+    expected = model(x)
+    for count in (1, 2, 3, 8, 2, 1):  # a run with more than the run before crashed once
+        torch.set_num_threads(count)
+        result = graph(x)
+        assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_an_error_in_another_thread_is_raised_here() -> None:
+    def job(thread: int, threads: int) -> None:
+        if thread == 1:
+            raise MemoryError("no memory left")
+
+    with pytest.raises(MemoryError, match="no memory left"):
+        together(job, 2)
+    found: list[int] = []
+    together(lambda thread, threads: found.append(thread), 3)
+    assert sorted(found) == [0, 1, 2]
+
+
+def test_who_finds_the_others_busy_works_alone() -> None:
+    started, done = threading.Event(), threading.Event()
+    found: list[tuple[int, int]] = []
+
+    def long(thread: int, threads: int) -> None:
+        started.set()
+        assert done.wait(60)
+
+    first = threading.Thread(target=together, args=(long, 2))
+    first.start()
+    assert started.wait(60)
+    together(lambda thread, threads: found.append((thread, threads)), 2)
+    done.set()
+    first.join()
+    assert found == [(0, 1)]
