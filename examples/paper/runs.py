@@ -44,9 +44,9 @@ class Run:
     @property
     def learning_rate(self) -> float:
         """The largest of SGD's cosine."""
-        if self.of is not None or self.network in WITHOUT_NORM:
-            return 0.01  # trained weights, and networks without batch norm, do not survive more
-        return 0.1 if self.network == RESIDUAL else 0.05
+        if self.of is not None or self.distilled or self.network in WITHOUT_NORM:
+            return 0.01  # trained weights, losses times T^2, and networks without batch norm
+        return 0.05
 
 
 REFERENCE = Run()
