@@ -30,14 +30,14 @@ def network() -> nn.Module:
         nn.MaxPool2d(2),
         nn.Conv2d(130, 7, 3, padding=1),
         nn.Flatten(),
-        nn.Linear(7 * 16, 33),
+        nn.Linear(7 * 64, 33),
     ).eval()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 16, 37])
 @torch.no_grad()
 def test_any_number_of_threads_gives_the_same(batch: int) -> None:
-    model, x = network(), torch.randn(batch, 3, 16, 16)
+    model, x = network(), torch.randn(batch, 3, 32, 32)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(torch.rand_like(parameter) < 0.5)
