@@ -61,17 +61,18 @@ MEMORY = """Peak memory, each in a process of its own at batch 8, beyond that of
 beside:
 """
 
-SPEED = """## Speed: {network}
+SPEED = """## Speed: {title}
 
 ```bash
-python examples/benchmarks/speed.py --network {name} --out docs/benchmarks
+python examples/benchmarks/speed.py {options} --out docs/benchmarks
 ```
 
 {what}.
 Zeros are random, the same share in every layer. All rows of one column were measured in turn,
 {rounds} turns of at least 20 ms each, of which the median call counts. ONNX Runtime, OpenVINO and
 `torch.export` run what `slimnets.export` writes, dense; OpenVINO's default is bfloat16 on
-processors that compute it. How `slimnets.accelerate` works: [faster at run time](acceleration.md).
+processors that compute it. Columns were measured minutes apart, and the machine's speed drifts:
+compare numbers of threads by PyTorch's own row. How `slimnets.accelerate` works: [faster at run time](acceleration.md).
 """
 
 NETWORKS = {
@@ -139,11 +140,26 @@ def of_training(figures: Figures, folder: Path) -> list[str]:
     return [TRAINING.format(**figures), pipes(times), MEMORY, pipes(sizes), machine(figures)]
 
 
+def speed_options(figures: Figures) -> str:
+    """What the command was given."""
+    parts = figures["combinations"]
+    given = {
+        "network": [figures["network"]],
+        "threads": sorted({part["threads"] for part in parts}),
+        "batches": sorted({part["batch"] for part in parts}),
+        "zeros": [f"{share:g}" for share in figures["zeros"]],
+        "rounds": [figures["rounds"]],
+    }
+    options = [f"--{name} {' '.join(map(str, values))}" for name, values in given.items()]
+    return " ".join([*options, *([] if figures["compiled"] else ["--no-compile"])])
+
+
 def of_speed(figures: Figures, folder: Path) -> list[str]:
     """Against other runtimes."""
     name = figures["network"]
-    network, what = NETWORKS[name]
-    text = SPEED.format(name=name, network=network, what=what, rounds=figures["rounds"])
+    title, what = NETWORKS[name]
+    given = {"options": speed_options(figures), "title": title, "what": what}
+    text = SPEED.format(**given, rounds=figures["rounds"])
     plot = f"![speed-up against zeros]({folder.name}/speed-{name}.png)\n"
     parts = [text, plot]
     for table in speed.tables(figures):
