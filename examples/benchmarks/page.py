@@ -72,7 +72,8 @@ Zeros are random, the same share in every layer. All rows of one column were mea
 {rounds} turns of at least 20 ms each, of which the median call counts. ONNX Runtime, OpenVINO and
 `torch.export` run what `slimnets.export` writes, dense; OpenVINO's default is bfloat16 on
 processors that compute it. Columns were measured minutes apart, and the machine's speed drifts:
-compare numbers of threads by PyTorch's own row. How `slimnets.accelerate` works: [faster at run time](acceleration.md).
+compare numbers of threads by PyTorch's own row. How `slimnets.accelerate` works:
+[faster at run time](acceleration.md).
 """
 
 NETWORKS = {
