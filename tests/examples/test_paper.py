@@ -7,11 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
+import slimnets
 from examples.networks import NETWORKS, VGG
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
+LOGITS = [  # what the kept network gives for the images of seed 0
+    [4.8781, 3.1507, 6.4326, 7.6009, 6.9251, 4.5857, 16.1920, 2.2275, 3.9540, 4.7866],
+    [4.9199, 2.1902, 9.4573, 8.0335, 7.3327, 5.2705, 14.3711, 2.8896, 3.9275, 2.9952],
+]
 PROGRAM = """
 import sys, warnings
 from pathlib import Path
@@ -74,6 +80,18 @@ def test_runs_and_their_page(tmp_path: Path, images: Path) -> None:
     written = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
     run()
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.json")} == written
+
+
+def test_the_network_that_is_kept() -> None:
+    file = PAPER / "resnet10-quarter.safetensors"
+    assert file.stat().st_size < 164_000  # a five hundredth of the dense VGG-19's
+    network = slimnets.load(file, NETWORKS["resnet10-quarter"]()).eval()
+    total = slimnets.summarize(network).total
+    assert total.nonzeros < 0.21 * total.weights
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = network(images)
+    torch.testing.assert_close(logits, torch.tensor(LOGITS), rtol=1e-3, atol=1e-3)
 
 
 def test_all_tables_name_networks_that_there_are() -> None:
