@@ -25,10 +25,14 @@ class Results:
         """Of every seed."""
         return self.found.get(run.name, [])
 
+    @property
+    def dense(self) -> Figures:
+        """Of the dense network: trained for as long as what is compressed, else the reference."""
+        return self.of(DENSE) or self.of(REFERENCE)
+
     def relative(self, figures: Figures, form: str = "float32") -> str:
-        """Accuracy as a share of the dense network's that was trained for as long."""
-        dense = self.of(DENSE) or self.of(REFERENCE)
-        base = mean(accuracies(dense)) if dense else 0
+        """Accuracy as a share of the dense network's."""
+        base = mean(accuracies(self.dense)) if self.dense else 0
         return f"{mean(accuracies(figures, form)) / base:.1%}" if base else ""
 
 

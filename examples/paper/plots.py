@@ -6,7 +6,7 @@ from typing import Any
 
 from figures import Results, accuracies, mean
 from matplotlib.figure import Figure
-from runs import DENSE, REFERENCE, SPARSITIES, STUDENTS, Run, factorized, pruned
+from runs import SPARSITIES, STUDENTS, Run, factorized, pruned
 
 Lines = dict[str, list[tuple[Any, float]]]
 
@@ -32,8 +32,7 @@ def plot_bytes(results: Results, path: Path) -> None:
     """Accuracy relative to the dense network against bytes, for every run, and the paper's."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    dense = results.of(DENSE) or results.of(REFERENCE)
-    base = mean(accuracies(dense))
+    base = mean(accuracies(results.dense))
     for form, marker in (("float32", "o"), ("int8", "s")):
         points = [
             (one["files"][form]["bytes"], one["files"][form]["accuracy"] / base)

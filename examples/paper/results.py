@@ -15,7 +15,6 @@ from pathlib import Path
 from figures import Figures, Results, accuracies, mean
 from plots import plots
 from runs import (
-    DENSE,
     HEADLINE,
     REFERENCE,
     STUDENTS,
@@ -81,10 +80,10 @@ def trained_for(figures: Figures) -> str:
 
 def against_dense(results: Results, run: Run) -> str:
     """How many points the run is above the dense network that was trained for as long."""
-    found, dense = results.of(run), results.of(DENSE) or results.of(REFERENCE)
-    if not found or not dense:
+    found = results.of(run)
+    if not found or not results.dense:
         return "not trained"
-    return f"{100 * (mean(accuracies(found)) - mean(accuracies(dense))):+.2f} points"
+    return f"{100 * (mean(accuracies(found)) - mean(accuracies(results.dense))):+.2f} points"
 
 
 def distilled_gain(results: Results) -> str:
