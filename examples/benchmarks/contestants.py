@@ -78,19 +78,25 @@ def pruned(name: str, zeros: float, low_rank: bool = False) -> nn.Module:
     return network
 
 
-def with_csr(network: nn.Module, x: torch.Tensor) -> nn.Module:
-    """``network`` with a CSR product in the place of every layer that it makes faster."""
-    inputs: dict[str, torch.Tensor] = {}
-    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+def calls_within(
+    network: nn.Module, x: torch.Tensor, *kinds: type[nn.Module]
+) -> list[tuple[str, Any, tuple[Any, ...], Any]]:
+    """Name, module, arguments and output of each call of a module of these kinds."""
+    found: list[tuple[str, Any, tuple[Any, ...], Any]] = []
     hooks = [
-        m.register_forward_pre_hook(lambda _, args, n=n: inputs.update({n: args[0]}))
-        for n, m in layers.items()
+        module.register_forward_hook(lambda m, args, out, n=name: found.append((n, m, args, out)))
+        for name, module in network.named_modules()
+        if isinstance(module, kinds)
     ]
     network(x)
     for hook in hooks:
         hook.remove()
-    for name in inputs:
-        layer, image = layers[name], inputs[name]
+    return found
+
+
+def with_csr(network: nn.Module, x: torch.Tensor) -> nn.Module:
+    """``network`` with a CSR product in the place of every layer that it makes faster."""
+    for name, layer, (image, *_), _ in calls_within(network, x, nn.Conv2d, nn.Linear):
         product = csr(layer, image, relu=False)
         if product is not None:
             pair = {"dense": partial(layer, image), "csr": partial(product, image)}

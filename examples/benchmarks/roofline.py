@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import NETWORKS, PACKAGES, in_turn, pruned
+from contestants import NETWORKS, PACKAGES, calls_within, in_turn, pruned
 from rich.table import Table
 from shared import keep, machine, show
 from torch import nn
@@ -50,36 +50,6 @@ def bandwidth(touched: int, rounds: int = 7) -> float:
     return 12e-6 * count / min(in_turn({"triad": triad}, rounds)["triad"])
 
 
-def regions(fast: nn.Module, x: torch.Tensor) -> list[tuple[Region, tuple[Any, ...]]]:
-    """The parts of the network that the engine computes, and what they read."""
-    found: list[tuple[Region, tuple[Any, ...]]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda m, args: found.append((m, args)))
-        for module in fast.modules()
-        if isinstance(module, Region)
-    ]
-    fast(x)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-def shapes(network: nn.Module, x: torch.Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """Of each layer's input and output."""
-    found: dict[str, tuple[torch.Size, torch.Size]] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda _, i, o, n=name: found.update({n: (i[0].shape, o.shape)})
-        )
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
-    network(x)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
 def nonzeros(found: Iterable[tuple[Region, Any]]) -> dict[str, int]:
     """Of each layer, after channels have been removed."""
     counts = {}
@@ -107,8 +77,10 @@ def measure(name: str, zeros: float, batch: int, rounds: int, peak: float) -> Fi
     x = torch.randn(batch, *NETWORKS[name][1])
     network = pruned(name, zeros)
     fast = accelerate(network, x)
-    parts = regions(fast, x)
-    counts, seconds, sizes = nonzeros(parts), profile(parts, rounds), shapes(network, x)
+    parts = [(region, args) for _, region, args, _ in calls_within(fast, x, Region)]
+    counts, seconds = nonzeros(parts), profile(parts, rounds)
+    calls = calls_within(network, x, nn.Conv2d, nn.Linear)
+    sizes = {layer: (args[0].shape, output.shape) for layer, _, args, output in calls}
     layers = []
     for layer, (source, target) in sizes.items():
         if layer not in counts:
