@@ -176,7 +176,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{f"vgg{depth}": partial(VGG, depth) for depth in CONFIGURATIONS},
     **{f"vgg{depth}-plain": partial(VGG, depth, batch_norm=False) for depth in CONFIGURATIONS},
     "vgg19-quarter": partial(VGG, 19, width=0.25),
-    "resnet10-quarter": partial(ResNet10, width=0.25),
+    "resnet10-small": partial(ResNet10, width=0.375),
     "nin": NIN,
     "alexnet": AlexNet,
     "snn-1k": SNN,

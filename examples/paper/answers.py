@@ -1,4 +1,4 @@
-"""The reference's answers to a fixed number of augmentations, computed once and kept in files.
+"""The reference's answers to the training images, computed once and kept in files.
 
 On a CPU its forward pass costs a hundred times what a small student's step does.
 """
@@ -28,18 +28,14 @@ class Remembered(nn.Module):
 
 
 class AnsweredCIFAR10(CIFAR10):
-    """CIFAR-10 in ``versions`` fixed augmentations, one an epoch, in turn, each with answers.
-
-    Half of the images are mirrored anew each time; the answers are taken to stay the same.
+    """CIFAR-10 with an answer to each image, taken to hold for all its augmentations.
 
     Args:
-        folder: Where answers are kept, a file for each version: what is there is not asked again,
-            whichever images are held out.
-        versions: How many augmentations of the training images there are.
+        folder: Where answers are kept, a file for each augmentation: what is there is not asked
+            again, whichever images are held out.
+        versions: How many augmentations of an image the answer is the mean of.
         data: As for :class:`data.CIFAR10`.
     """
-
-    augmented = False  # it is done here, the same way each time
 
     def __init__(self, folder: Path, versions: int, **data: Any) -> None:
         super().__init__(**data)
@@ -58,10 +54,11 @@ class AnsweredCIFAR10(CIFAR10):
         number = len(self.validation)
         plain = self.folder / f"{'test' if self.validation is self.test else 'held-out'}-{number}"
         self.plain = self._remembered(plain, network, lambda: self.validation.images)
-        self.answers = [
+        versions = [
             self._remembered(self.folder / f"version-{v}", network, lambda v=v: self._version(v))
             for v in range(self.versions)
         ]
+        self.answers = torch.stack(versions).mean(0)[self.held_out :]
 
     def _remembered(self, stem: Path, network: nn.Module, images: Callable[[], Tensor]) -> Tensor:
         file, partial = stem.with_suffix(".pt"), stem.with_suffix(".partial")
@@ -79,33 +76,25 @@ class AnsweredCIFAR10(CIFAR10):
             return torch.cat([crop_and_flip(batch) for batch in self.whole.split(1000)])
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Another augmentation each epoch; needs ``reload_dataloaders_every_n_epochs=1``."""
-        number = self.trainer.current_epoch % self.versions if self.trainer else 0
-        images, answers = (
-            tensor[self.held_out :] for tensor in (self._version(number), self.answers[number])
-        )
-        return self._loader(Answered(images, self.train.labels, answers), shuffle=True)
+        """The training images, with answers."""
+        return self._loader(Answered(self.train, self.answers), shuffle=True)
 
     def val_dataloader(self) -> Any:
         """The images to measure on, with answers."""
-        return self._loader(Answered(self.validation.images, self.validation.labels, self.plain))
+        return self._loader(Answered(self.validation, self.plain))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Tell the teacher what it answered; the batch goes on without it."""
-        if isinstance(batch, Tensor):
-            return batch
-        images, labels, self.teacher.answers = batch
-        if self.trainer is not None and self.trainer.training:
-            mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-            images = torch.where(mirrored, images.flip(-1), images)
-        return self.normalize(images), labels
+        if not isinstance(batch, Tensor):
+            *batch, self.teacher.answers = batch
+        return super().on_after_batch_transfer(batch, dataloader_idx)
 
 
 class Answered(Images):
     """Images and labels with the answers to them (n, classes)."""
 
-    def __init__(self, images: Tensor, labels: Tensor, answers: Tensor) -> None:
-        super().__init__(images, labels)
+    def __init__(self, images: Images, answers: Tensor) -> None:
+        super().__init__(images.images, images.labels)
         self.answers = answers
 
     def __getitems__(self, indices: list[int]) -> Any:

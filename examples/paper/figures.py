@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from runs import DENSE, REFERENCE, Run
+from runs import REFERENCE, Run, trained_on
 
 Figures = list[dict[str, Any]]  # of one run, one for each seed
 
@@ -28,7 +28,7 @@ class Results:
     @property
     def dense(self) -> Figures:
         """Of the dense network: trained for as long as what is compressed, else the reference."""
-        return self.of(DENSE) or self.of(REFERENCE)
+        return self.of(trained_on(REFERENCE)) or self.of(REFERENCE)
 
     def relative(self, figures: Figures, form: str = "float32") -> str:
         """Accuracy as a share of the dense network's."""

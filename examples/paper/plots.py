@@ -6,7 +6,7 @@ from typing import Any
 
 from figures import Results, accuracies, mean
 from matplotlib.figure import Figure
-from runs import SPARSITIES, STUDENTS, Run, factorized, pruned
+from runs import RANKS, REFERENCE, SMALL, SPARSITIES, STUDENTS, WAYS, Run, factorized, pruned
 
 Lines = dict[str, list[tuple[Any, float]]]
 
@@ -79,26 +79,29 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
             plot_lines(folder / file, label, {**lines, **paper}, log)
             shown[file] = title
 
-    ways = {"gradual": True, "one-shot": False}
-    lines = {
-        name: points((100 * s, pruned(s, gradual)) for s in SPARSITIES)
-        for name, gradual in ways.items()
-    }
     paper: Lines = {
-        f"the paper, {name}": [(100 * s, both[i]) for s, both in PAPER_GRADUAL.items()]
-        for i, name in enumerate(ways)
+        "the paper, gradual": [(100 * s, both[0]) for s, both in PAPER_GRADUAL.items()],
+        "the paper, one-shot": [(100 * s, both[1]) for s, both in PAPER_GRADUAL.items()],
     }
-    draw("gradual.png", "gradual against one-shot", "zeros, %", lines, paper, log=False)
+    for network in (REFERENCE, SMALL):
+        lines = {
+            name: points((100 * s, pruned(s, gradual, network)) for s in SPARSITIES)
+            for name, gradual in (("gradual", True), ("one-shot", False))
+        }
+        title = f"{network.network}: gradual against one-shot"
+        theirs = paper if network == REFERENCE else {}
+        draw(f"gradual-{network.network}.png", title, "zeros, %", lines, theirs, log=False)
 
-    lines = {}
-    for scheme in ("spatial", "channel"):
-        runs = [factorized(r, scheme) for r in (0.1, 0.2, 0.4)]  # type: ignore[arg-type]
-        lines[scheme] = points(
-            (mean(one["files"]["float32"]["bytes"] for one in results.of(run)), run)
-            for run in runs
-            if results.of(run)
-        )
-    draw("low-rank.png", "low rank", "bytes of the file", lines, {}, log=True)
+        lines = {}
+        for way in WAYS:
+            runs = [factorized(rank, way, network) for rank in RANKS]
+            lines[way] = points(
+                (mean(one["files"]["float32"]["bytes"] for one in results.of(run)), run)
+                for run in runs
+                if results.of(run)
+            )
+        title = f"{network.network}: low rank"
+        draw(f"low-rank-{network.network}.png", title, "bytes of the file", lines, {}, log=True)
 
     kinds = {"alone": False, "distilled": True}
     lines = {

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 
 FOLDERS = (Path(__file__).parents[1], Path(__file__).parents[1] / "benchmarks")
@@ -34,14 +35,20 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("tables", nargs="+", choices=[*TABLES, "all"])
+    add("--only", default="*", metavar="GLOB", help="of the tables' runs, by name: 'cnn-1k*'")
     add("--folder", type=Path, default=Path("paper"), help="of the results")
     add("--data-dir", type=Path, default=Path("data"), help="of images, or for the download")
-    add("--epochs", type=int, default=30, help="of each run")
+    add("--epochs", type=float, default=30, help="of each run; 0.5: of half the images")
     add("--reference-epochs", type=int, default=30, help="of the dense VGG-19")
     add("--reference", type=Path, help="file of the dense VGG-19's weights, so as not to train it")
     add("--seeds", type=int, default=3)
     add("--held-out", type=int, default=0, help="training images to measure on, for tuning")
-    add("--answers", type=int, default=0, help="augmentations to ask the teacher about, once")
+    add(
+        "--answers",
+        type=int,
+        default=0,
+        help="augmentations to ask the teacher about, once, not anew at every step",
+    )
     add("--batch-size", type=int, default=128)
     add("--device", default="auto", help="an accelerator of Lightning's: cpu, cuda, ...")
     add("--precision", default="32-true", help="of the Trainer, for example bf16-mixed")
@@ -53,7 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     names = list(TABLES) if "all" in options.tables else options.tables
-    runs = dict.fromkeys(one for name in names for run in TABLES[name] for one in needed(run))
+    asked = [run for name in names for run in TABLES[name] if fnmatch(run.name, options.only)]
+    if not asked:
+        parser.error(f"--only {options.only}: no run of {', '.join(names)} is called so")
+    runs = dict.fromkeys(one for run in asked for one in needed(run))
     queue = [
         (run, seed)
         for seed in range(options.seeds)

@@ -17,6 +17,7 @@ from plots import plots
 from runs import (
     HEADLINE,
     REFERENCE,
+    SMALL,
     STUDENTS,
     TABLES,
     Run,
@@ -75,7 +76,7 @@ def table(results: Results, runs: Iterable[Run], columns: dict[str, Cell]) -> st
 
 def trained_for(figures: Figures) -> str:
     """Epochs and seeds."""
-    return f"{figures[0]['epochs']}, {len(figures)}"
+    return f"{figures[0]['epochs']:g}, {len(figures)}"
 
 
 def against_dense(results: Results, run: Run) -> str:
@@ -146,7 +147,15 @@ def page(results: Results, pictures: dict[str, str], command: str, data: str) ->
     work = {"non-zeros": count("nonzeros"), "effective MACs": count("effective_macs")}
     sections = {
         "Gradual against one-shot pruning": (TABLES["gradual"], {**basic, **sizes}),
+        "Gradual against one-shot pruning, a small network": (
+            [SMALL, *TABLES["gradual-cnn"]],
+            {**basic, **sizes},
+        ),
         "Low rank": (TABLES["low-rank"], {**basic, **sizes, **speeds}),
+        "Low rank, a small network": (
+            [SMALL, *TABLES["low-rank-cnn"]],
+            {**basic, **sizes, **speeds},
+        ),
         "Students, alone and distilled": (TABLES["students"], basic),
         "The methods compared": (TABLES["methods"], {**basic, **sizes, **work, **speeds}),
         "All at once, from random weights": (
@@ -154,7 +163,7 @@ def page(results: Results, pictures: dict[str, str], command: str, data: str) ->
             {**basic, **int8, **sizes, **speeds},
         ),
     }
-    for network in ("residual", "vgg19", "nin", "narrow"):
+    for network in ("residual", "vgg19", "nin", "narrow", "cnn"):
         runs = [run.of for run in TABLES[f"combined-{network}"] if run.of]
         columns = {**basic, **int8, **sizes, **speeds}
         sections[f"Combined: {runs[0].network}"] = (

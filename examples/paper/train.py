@@ -1,9 +1,10 @@
 """Train one run, measure what came out, and write its JSON and its network."""
 
 import json
+import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cifar10 import Classifier, sgd
 from data import CIFAR10
 from lightning.pytorch.callbacks import ModelCheckpoint
 from networks import NETWORKS, PAPER_RANKS
-from runs import REFERENCE, Run
+from runs import KEPT, REFERENCE, Run
 from shared import machine
 from torch import Tensor, nn
 
@@ -38,17 +39,18 @@ class Settings:
     Attributes:
         folder: Where JSON, networks and checkpoints go.
         data_dir: As in ``examples/cifar10.py``.
-        epochs: Of each run but the reference.
+        epochs: Of each run but the reference; of 0.5, half the images are seen.
         reference_epochs: Of the reference.
         reference: A file of its weights, so that it is not trained.
         held_out: Training images to measure accuracy on; 0 for the test images.
-        answers: Fixed augmentations that the reference answers once; 0 to ask it at every step.
+        answers: Augmentations of each image whose answers by the reference are averaged, once; 0 to
+            ask it at every step.
         batches: A limit for each epoch, for tests.
     """
 
     folder: Path
     data_dir: Path
-    epochs: int = 30
+    epochs: float = 30
     reference_epochs: int = 30
     reference: Path | None = None
     held_out: int = 0
@@ -58,7 +60,7 @@ class Settings:
     precision: str = "32-true"
     batches: int | None = None
 
-    def epochs_of(self, run: Run) -> int:
+    def epochs_of(self, run: Run) -> float:
         """The epochs of one run, without those of the run that it goes on with."""
         return self.reference_epochs if run == REFERENCE else self.epochs
 
@@ -114,7 +116,7 @@ def result(run: Run, seed: int, settings: Settings) -> dict[str, Any]:
     return figures
 
 
-def total_epochs(run: Run, settings: Settings) -> int:
+def total_epochs(run: Run, settings: Settings) -> float:
     """All epochs that its weights have seen."""
     before = total_epochs(run.of, settings) if run.of else 0
     return before + settings.epochs_of(run)
@@ -140,7 +142,10 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
     network = NETWORKS[run.network]() if begun is None else begun
     network.to(memory_format=torch.channels_last)  # faster on CPUs, and no slower on GPUs
     data = _data(settings, teacher)
-    optimizer = sgd(run.learning_rate, settings.epochs_of(run))
+    epochs = settings.epochs_of(run)
+    limit = settings.batches or epochs / math.ceil(epochs)
+    steps = settings.batches or int(limit * len(data.train_dataloader()))
+    optimizer = one_cycle(run.learning_rate, math.ceil(epochs) * steps)
     module: L.LightningModule = Classifier(network, optimizer)
     if teacher is not None:
         asked = data.teacher if isinstance(data, AnsweredCIFAR10) else teacher
@@ -148,7 +153,8 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
 
     history, checkpoints = History(), settings.folder / "checkpoints" / f"{run.name}-seed{seed}"
     trainer = L.Trainer(
-        max_epochs=settings.epochs_of(run),
+        max_epochs=math.ceil(epochs),
+        limit_train_batches=limit,
         callbacks=[
             *methods(run, "" if teacher is not None else "network."),
             history,
@@ -161,12 +167,28 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
     return module.network if isinstance(module, Classifier) else module.student, history.accuracies
 
 
+def one_cycle(learning_rate: float, steps: int) -> Callable[..., dict[str, Any]]:
+    """The paper's optimizer, up to ``learning_rate`` and down to zero (arXiv 1708.07120)."""
+
+    def make(parameters: Iterable[nn.Parameter]) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(
+            parameters, learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
+        cycle = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, learning_rate, steps, pct_start=0.15, cycle_momentum=False
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+    return make
+
+
 def methods(run: Run, prefix: str = "") -> list[L.Callback]:
     """The callbacks of a run on a module that keeps its network under ``prefix``."""
     found: list[L.Callback] = []
     if run.sparsity:
         at_once = {"begin": 0, "end": 0, "every": 1}
-        found.append(GradualPrune(run.sparsity, **({} if run.gradual else at_once)))  # type: ignore[arg-type]
+        kept = [prefix + name for name in KEPT.get(run.network, ())]
+        found.append(GradualPrune(run.sparsity, exclude=kept, **({} if run.gradual else at_once)))  # type: ignore[arg-type]
     if run.rank:
         ranks: Any = run.rank
         if run.rank == "paper":
@@ -184,7 +206,9 @@ def measured(run: Run, network: nn.Module, file: Path, settings: Settings) -> di
         stored = file if dtype is None else file.with_suffix(f".{form}.safetensors")
         if dtype is not None:
             slimnets.save(network, stored, dtype=dtype)
-        loaded = slimnets.load(stored, NETWORKS[run.network]())
+        loaded = slimnets.load(stored, NETWORKS[run.network]()).eval()
+        if settings.device == "cpu":
+            loaded = slimnets.accelerate(loaded, image)
         (found,) = tester.validate(Classifier(loaded, sgd(0.1, 1)), data, verbose=False)
         files[form] = {"bytes": stored.stat().st_size, "accuracy": _accuracy(found)}
     total = slimnets.summarize(network, image[:1]).total
@@ -239,9 +263,7 @@ def _trainer_settings(settings: Settings) -> dict[str, Any]:
         "accelerator": settings.device,
         "devices": 1,
         "precision": settings.precision,
-        "limit_train_batches": settings.batches,
         "limit_val_batches": settings.batches,
-        "reload_dataloaders_every_n_epochs": 1 if settings.answers else 0,
         "logger": False,
         "enable_model_summary": False,
     }
