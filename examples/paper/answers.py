@@ -63,10 +63,11 @@ class AnsweredCIFAR10(CIFAR10):
     def _remembered(self, stem: Path, network: nn.Module, images: Callable[[], Tensor]) -> Tensor:
         file, partial = stem.with_suffix(".pt"), stem.with_suffix(".partial")
         if not file.exists():
-            batches = [self.normalize(batch) for batch in images().split(250)]
-            fast = slimnets.accelerate(network.eval(), batches[0])
+            batches = images().split(250)
+            fast = slimnets.accelerate(network.eval(), self.normalize(batches[0]))
             with torch.inference_mode():
-                torch.save(torch.cat([fast(batch) for batch in batches]), partial)
+                answers = torch.cat([fast(self.normalize(batch)) for batch in batches])
+            torch.save(answers, partial)
             partial.rename(file)
         return torch.load(file)  # type: ignore[no-any-return]
 

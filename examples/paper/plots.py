@@ -32,10 +32,9 @@ def plot_bytes(results: Results, path: Path) -> None:
     """Accuracy relative to the dense network against bytes, for every run, and the paper's."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    base = mean(accuracies(results.dense))
     for form, marker in (("float32", "o"), ("int8", "s")):
         points = [
-            (one["files"][form]["bytes"], one["files"][form]["accuracy"] / base)
+            (one["files"][form]["bytes"], one["files"][form]["accuracy"] / results.reference)
             for figures in results.found.values()
             for one in figures
         ]

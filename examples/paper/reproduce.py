@@ -19,8 +19,13 @@ from pathlib import Path
 FOLDERS = (Path(__file__).parents[1], Path(__file__).parents[1] / "benchmarks")
 sys.path += map(str, FOLDERS)  # the other examples
 
+import torch  # noqa: E402
+from networks import NETWORKS  # noqa: E402
 from runs import REFERENCE, TABLES, Run  # noqa: E402
-from train import Settings, result  # noqa: E402
+from settings import Settings  # noqa: E402
+from train import add_speed, result  # noqa: E402
+
+import slimnets  # noqa: E402
 
 
 def needed(run: Run | None) -> list[Run]:
@@ -35,14 +40,19 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("tables", nargs="+", choices=[*TABLES, "all"])
-    add("--only", default="*", metavar="GLOB", help="of the tables' runs, by name: 'cnn-1k*'")
+    add("--only", nargs="+", default=["*"], metavar="GLOB", help="of the tables' runs, by name")
     add("--folder", type=Path, default=Path("paper"), help="of the results")
     add("--data-dir", type=Path, default=Path("data"), help="of images, or for the download")
-    add("--epochs", type=float, default=30, help="of each run; 0.5: of half the images")
+    add("--epochs", type=float, default=15, help="of each run; 0.5: of half the images")
     add("--reference-epochs", type=int, default=30, help="of the dense VGG-19")
     add("--reference", type=Path, help="file of the dense VGG-19's weights, so as not to train it")
     add("--seeds", type=int, default=3)
-    add("--held-out", type=int, default=0, help="training images to measure on, for tuning")
+    add(
+        "--held-out",
+        type=int,
+        default=0,
+        help="training images to measure on, for tuning; a given --reference may have seen them",
+    )
     add(
         "--answers",
         type=int,
@@ -52,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch-size", type=int, default=128)
     add("--device", default="auto", help="an accelerator of Lightning's: cpu, cuda, ...")
     add("--precision", default="32-true", help="of the Trainer, for example bf16-mixed")
+    add("--time-again", action="store_true", help="measure speeds anew, with nothing else running")
     add("--batches", type=int, help="a limit for each epoch, to see that everything runs")
     options = parser.parse_args(arguments)
     settings = Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)})
@@ -60,28 +71,35 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     names = list(TABLES) if "all" in options.tables else options.tables
-    asked = [run for name in names for run in TABLES[name] if fnmatch(run.name, options.only)]
+    listed = [run for name in names for run in TABLES[name]]
+    asked = [run for run in listed if any(fnmatch(run.name, glob) for glob in options.only)]
     if not asked:
-        parser.error(f"--only {options.only}: no run of {', '.join(names)} is called so")
+        parser.error(f"--only {' '.join(options.only)}: no run of {', '.join(names)} is called so")
     runs = dict.fromkeys(one for run in asked for one in needed(run))
-    queue = [
-        (run, seed)
-        for seed in range(options.seeds)
-        for run in runs
-        if run != REFERENCE or seed == 0
-    ]
-    start, trained = time.time(), 0
-    for number, (run, seed) in enumerate(queue, start=1):
-        began = time.time()
-        accuracy = result(run, seed, settings)["files"]["float32"]["accuracy"]
-        if time.time() - began > 1:  # it was not there yet
-            trained += 1
-        left = (time.time() - start) / max(1, trained) * (len(queue) - number) / 60
+    queue = [(run, seed) for seed in range(options.seeds) for run in runs if run != REFERENCE]
+    left = [one for one in queue if not settings.path(*one).exists()]
+    print(f"{len(queue) - len(left)} of {len(queue)} runs are finished", flush=True)
+    result(REFERENCE, 0, settings)
+    image = torch.zeros(1, 3, 32, 32)
+    macs = {
+        name: slimnets.summarize(NETWORKS[name](), image).total.macs
+        for name in {run.network for run, _ in left}
+    }
+    start = time.time()
+    for number, (run, seed) in enumerate(left, start=1):
+        figures = result(run, seed, settings)
+        done, rest = (
+            sum(macs[one.network] for one, _ in part) for part in (left[:number], left[number:])
+        )
         print(
-            f"{number} of {len(queue)}: {run.name}, seed {seed}: {accuracy:.2%}; "
-            f"about {left:.0f} minutes left",
+            f"{run.name}, seed {seed}: {figures['files']['float32']['accuracy']:.2%} after "
+            f"{figures['epochs']:g} epochs; {len(left) - number} runs and about "
+            f"{(time.time() - start) * rest / done / 60:.0f} minutes left",
             flush=True,
         )
+    if not settings.batches:
+        for run, seed in [(REFERENCE, 0), *queue]:
+            add_speed(run, seed, settings, options.time_again)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ is left out.
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 
 from figures import Figures, Results, accuracies, mean
@@ -24,6 +26,7 @@ from runs import (
     factorized,
     pruned,
 )
+from settings import Settings
 
 Cell = Callable[[Figures], str]
 
@@ -54,14 +57,14 @@ def count(key: str) -> Cell:
     return lambda figures: f"{figures[0][key]:,}"
 
 
+def speed(figures: Figures, batch: int) -> float:
+    """Times as fast as the dense network; nan where it was not timed."""
+    return statistics.median(one.get("speed", {}).get(str(batch), math.nan) for one in figures)
+
+
 def faster(batch: int) -> Cell:
     """Times as fast as the dense network."""
-
-    def cell(figures: Figures) -> str:
-        ratios = [one["speed"][str(batch)] for one in figures if one["speed"]]
-        return f"{statistics.median(ratios):.1f}" if ratios else ""
-
-    return cell
+    return lambda figures: f"{speed(figures, batch):.1f}"
 
 
 def table(results: Results, runs: Iterable[Run], columns: dict[str, Cell]) -> str:
@@ -76,66 +79,122 @@ def table(results: Results, runs: Iterable[Run], columns: dict[str, Cell]) -> st
 
 def trained_for(figures: Figures) -> str:
     """Epochs and seeds."""
-    return f"{figures[0]['epochs']:g}, {len(figures)}"
+    epochs = sorted({f"{one['epochs']:g}" for one in figures})
+    return f"{' and '.join(epochs)}, {len(figures)}"
 
 
-def against_dense(results: Results, run: Run) -> str:
-    """How many points the run is above the dense network that was trained for as long."""
-    found = results.of(run)
-    if not found or not results.dense:
-        return "not trained"
-    return f"{100 * (mean(accuracies(found)) - mean(accuracies(results.dense))):+.2f} points"
+TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
+    ("gradual, 75 %", pruned(0.75), "float32", {"points": 0}),
+    ("gradual, 87.5 %", pruned(0.875), "float32", {"points": -0.3}),
+    ("gradual, 95 %", pruned(0.95), "float32", {"points": -0.5}),
+    (
+        "low rank, the paper's ranks",
+        factorized("paper"),
+        "float32",
+        {"points": 0, "times fewer bytes": 1 / 0.41, "times as fast at batch 64": 1.8},
+    ),
+    (
+        "combined, first step",
+        HEADLINE,
+        "int8",
+        {"times fewer bytes": 200, "% of the accuracy": 98, "times as fast at batch 1": 5},
+    ),
+    (
+        "combined, the goal",
+        HEADLINE,
+        "int8",
+        {
+            "times fewer bytes": 500,
+            "% of the accuracy": 99,
+            "times as fast at batch 1": 20,
+            "times as fast at batch 64": 10,
+        },
+    ),
+]
+"""What was to be reached at least, by which run, in which form."""
 
 
-def distilled_gain(results: Results) -> str:
-    """For every student, how many points distillation brings, and the spread over seeds."""
-    parts = []
-    for name in STUDENTS:
-        alone, taught = (results.of(Run(name, distilled=d)) for d in (False, True))
-        if alone and taught:
-            gain = 100 * (mean(accuracies(taught)) - mean(accuracies(alone)))
-            spread = [
-                100 * statistics.stdev(accuracies(one)) for one in (alone, taught) if len(one) > 1
-            ]
-            parts.append(f"{name} {gain:+.2f}" + (f" (± {max(spread):.2f})" if spread else ""))
-    missing = len(STUDENTS) - len(parts)
-    return ", ".join([*parts, *([f"{missing} not trained"] if missing else [])])
-
-
-def all_of(results: Results, run: Run, form: str) -> str:
-    """Bytes, accuracy and speed of a combined run."""
-    figures = results.of(run)
-    if not figures:
-        return "not trained"
+def measures(results: Results, figures: Figures, form: str) -> dict[str, float]:
+    """What targets are about, relative to the dense network."""
+    own = mean(accuracies(figures, form))
     bytes_ = mean(one["files"][form]["bytes"] for one in figures)
-    return (
-        f"{run.name}, {form}: {figures[0]['dense_bytes'] / bytes_:.0f} times, "
-        f"{results.relative(figures, form)}, {faster(1)(figures)} and {faster(64)(figures)} times"
-    )
+    return {
+        "points": 100 * (own - results.reference),
+        "% of the accuracy": 100 * own / results.reference,
+        "times fewer bytes": figures[0]["dense_bytes"] / bytes_,
+        **{f"times as fast at batch {batch}": speed(figures, batch) for batch in (1, 64)},
+    }
 
 
 def targets(results: Results) -> str:
-    """What was to be reached, and what was."""
-    paper_ranks = results.of(factorized("paper"))
-    low_rank = "not trained"
-    if paper_ranks:
-        share = paper_ranks[0]["files"]["float32"]["bytes"] / paper_ranks[0]["dense_bytes"]
-        low_rank = f"{share:.0%}, {against_dense(results, factorized('paper'))}, "
-        low_rank += f"{faster(64)(paper_ranks)} times"
-    rows = {
-        "gradual, 75 %: no loss": against_dense(results, pruned(0.75)),
-        "gradual, 87.5 %: -0.3 points or better": against_dense(results, pruned(0.875)),
-        "gradual, 95 %: -0.5 points or better": against_dense(results, pruned(0.95)),
-        "the paper's ranks: at most 41 % of the bytes, no loss, 1.8 times as fast": low_rank,
-        "distilled against alone, points: above 0 for all six": distilled_gain(results),
-        "combined: 200 times fewer bytes, 98 % of the accuracy, 5 times as fast at batch 1; then "
-        "500 times, 99 %, 20 times, and 10 times at batch 64": all_of(results, HEADLINE, "int8"),
-    }
-    lines = ["| to reach | here |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {wanted} | {found} |" for wanted, found in rows.items())])
+    """What was to be reached, what was, and how much is missing."""
+    lines = ["| | to reach | here | epochs, seeds | missing |", "|---|---|---|---|---|"]
+
+    def add(*cells: str) -> None:
+        lines.append(f"| {' | '.join(cells)} |")
+
+    def spelled(values: dict[str, float]) -> str:
+        return ", ".join(f"{value:.3g} {name}" for name, value in values.items())
+
+    for title, run, form, wanted in TARGETS:
+        figures = results.of(run)
+        if not figures:
+            add(title, spelled(wanted), "not trained", "", "all")
+            continue
+        found = measures(results, figures, form)
+        missing = {
+            name: least - found[name] for name, least in wanted.items() if not found[name] >= least
+        }
+        here = spelled({name: found[name] for name in wanted})
+        add(
+            f"{title}: {run.name}, {form}",
+            spelled(wanted),
+            here,
+            trained_for(figures),
+            spelled(missing) or "nothing",
+        )
+    for name in STUDENTS:
+        alone, taught = (results.of(Run(name, distilled=d)) for d in (False, True))
+        wanted_gain = "above 0 points, beyond the spread over seeds"
+        if not (alone and taught):
+            add(f"{name}, distilled against alone", wanted_gain, "not trained", "", "all")
+            continue
+        gain = 100 * (mean(accuracies(taught)) - mean(accuracies(alone)))
+        enough = min(len(alone), len(taught)) > 1
+        spread = max(100 * statistics.stdev(accuracies(one)) for one in (alone, taught) if enough)
+        add(
+            f"{name}, distilled against alone",
+            wanted_gain,
+            f"{gain:+.2f} points" + (f", spread {spread:.2f}" if enough else ""),
+            trained_for(taught),
+            ("nothing" if gain > spread else "it") if enough else "more seeds",
+        )
+    return "\n".join(lines)
 
 
-def page(results: Results, pictures: dict[str, str], command: str, data: str) -> str:
+def commands(results: Results) -> str:
+    """What trains all that is shown, in order: runs that others go on with come first."""
+    groups: dict[str, list[Figures]] = {}
+    for figures in results.found.values():
+        if figures[0]["run"] != REFERENCE.name:
+            seeds = max(one["seed"] for one in figures) + 1
+            options = {**figures[0]["settings"], "seeds": seeds}
+            groups.setdefault(json.dumps(options), []).append(figures)
+    lines = []
+    for options, runs in groups.items():
+        names = [figures[0]["run"] for figures in runs]
+        defaults = {one.name: one.default for one in fields(Settings)}
+        given = [
+            f"--{key.replace('_', '-')} {value}"
+            for key, value in json.loads(options).items()
+            if value != defaults.get(key)
+        ]
+        line = ["python examples/paper/reproduce.py all --only", *names, *given]
+        lines.append((any("-then-" in name for name in names), " ".join(line)))
+    return "\n".join(f"    {line}" for _, line in sorted(lines))
+
+
+def page(results: Results, pictures: dict[str, str], data: str) -> str:
     """The whole page."""
     basic = {"accuracy, %": accuracy(), "of dense": results.relative, "epochs, seeds": trained_for}
     sizes = {"bytes": smaller("float32"), "bytes, int8": smaller("int8")}
@@ -171,7 +230,7 @@ def page(results: Results, pictures: dict[str, str], command: str, data: str) ->
             columns,
         )
     parts = [
-        HEAD.format(command=command, data=data),
+        HEAD.format(commands=commands(results), data=data, measured_on=measured_on(results)),
         "## Where the targets stand",
         targets(results),
     ]
@@ -184,17 +243,28 @@ def page(results: Results, pictures: dict[str, str], command: str, data: str) ->
 
 HEAD = """# The paper's tables, trained with slimnets
 
-Trained by
+Written by `python examples/paper/results.py` from what these trained, with `--data-dir`:
 
-    {command}
+{commands}
 
-and written by `python examples/paper/results.py`. {data}, accuracy on the 10,000 test images
-after the last epoch, mean ± standard deviation over seeds; no hyper-parameter was chosen on them.
-What has not been trained is left out.
-`epochs` are all that the weights have seen, those of the network that they begin with included.
-Bytes are those of the one file of `slimnets.save`, as multiples of the dense `torch.save` file;
-speed is that of `slimnets.accelerate` in times of the dense network in eager PyTorch, one thread,
-measured in turn."""
+{data}. Accuracy on {measured_on} after the last epoch, mean ± standard deviation over seeds.
+What has not been trained is left out. vgg19 is the reference: all is relative to it, and it teaches
+those that are distilled; with `--answers`, by the mean of its logits for so many augmentations of
+an image, computed once. `epochs` are all that the weights have seen, those of the network that they
+begin with included. Bytes are those of the one file of `slimnets.save`, as multiples of the dense
+`torch.save` file; speed is that of `slimnets.accelerate` on the int8 file's network, in times of
+the dense network as PyTorch runs it by default (eager, contiguous), on one thread, in turn."""
+
+
+def measured_on(results: Results) -> str:
+    """Which images all figures are of."""
+    held_out = {
+        one["settings"]["held_out"] for figures in results.found.values() for one in figures
+    }
+    if len(held_out) > 1:
+        raise SystemExit(f"figures of unequal --held-out cannot be compared: {sorted(held_out)}")
+    number = held_out.pop()
+    return f"{number:,} held-out training images" if number else "the 10,000 test images"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -203,15 +273,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("paper"), help="of reproduce.py")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--data", default="CIFAR-10", help="what the images are")
-    parser.add_argument("--command", default="python examples/paper/reproduce.py all")
     options = parser.parse_args(arguments)
     results = Results(options.folder)
-    if not results.found:
-        raise SystemExit(f"--folder {options.folder}: no figures there; run reproduce.py first")
+    if not results.of(REFERENCE):
+        raise SystemExit(
+            f"--folder {options.folder}: no figures of {REFERENCE.name} there, which all is "
+            "compared with; run reproduce.py first"
+        )
     pictures = plots(results, options.out / "results")
     everything = json.dumps(list(results.found.values()), indent=1)
     (options.out / "results" / "figures.json").write_text(everything + "\n")
-    (options.out / "results.md").write_text(page(results, pictures, options.command, options.data))
+    (options.out / "results.md").write_text(page(results, pictures, options.data))
     print(options.out / "results.md")
 
 

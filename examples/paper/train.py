@@ -17,8 +17,9 @@ from data import CIFAR10
 from lightning.pytorch.callbacks import ModelCheckpoint
 from networks import NETWORKS, PAPER_RANKS
 from runs import KEPT, REFERENCE, Run
+from settings import Settings
 from shared import machine
-from torch import Tensor, nn
+from torch import nn
 
 import slimnets
 from slimnets import DistillationModule, ExactResume, GradualPrune, LowRank
@@ -30,39 +31,6 @@ FORMS: dict[str, torch.dtype | None] = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How everything is trained.
-
-    Attributes:
-        folder: Where JSON, networks and checkpoints go.
-        data_dir: As in ``examples/cifar10.py``.
-        epochs: Of each run but the reference; of 0.5, half the images are seen.
-        reference_epochs: Of the reference.
-        reference: A file of its weights, so that it is not trained.
-        held_out: Training images to measure accuracy on; 0 for the test images.
-        answers: Augmentations of each image whose answers by the reference are averaged, once; 0 to
-            ask it at every step.
-        batches: A limit for each epoch, for tests.
-    """
-
-    folder: Path
-    data_dir: Path
-    epochs: float = 30
-    reference_epochs: int = 30
-    reference: Path | None = None
-    held_out: int = 0
-    answers: int = 0
-    batch_size: int = 128
-    device: str = "auto"
-    precision: str = "32-true"
-    batches: int | None = None
-
-    def epochs_of(self, run: Run) -> float:
-        """The epochs of one run, without those of the run that it goes on with."""
-        return self.reference_epochs if run == REFERENCE else self.epochs
 
 
 @dataclass
@@ -86,48 +54,54 @@ class History(L.Callback):
 
 
 def result(run: Run, seed: int, settings: Settings) -> dict[str, Any]:
-    """What the run gave; it is trained unless its JSON is there."""
-    path = settings.folder / f"{run.name}-seed{seed}.json"
+    """What the run gave; it is trained unless its JSON is there.
+
+    Raises:
+        ValueError: If what is there was measured on other images, or in fewer batches.
+    """
+    path = settings.path(run, seed)
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
+        for key in ("held_out", "batches"):
+            before, now = found["settings"][key], settings.recorded[key]
+            if before != now:
+                raise ValueError(
+                    f"{path} was made with {key}={before}, now it is {now}; give another folder"
+                )
         return found
     settings.folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
     network, history = train(run, seed, settings)
     slimnets.save(network, path.with_suffix(".safetensors"))
+    before = result(run.of, seed_of(run.of, seed), settings)["epochs"] if run.of else 0
     figures = {
         "run": run.name,
         "seed": seed,
-        "epochs": total_epochs(run, settings),
+        "epochs": before + settings.epochs_of(run),  # all that its weights have seen
         "learning_rate": run.learning_rate,
-        "batch_size": settings.batch_size,
-        "precision": settings.precision,
-        "answers": settings.answers if run.distilled else 0,
-        "measured_on": f"{settings.held_out} held-out images" if settings.held_out else "test",
+        "settings": settings.recorded,
         "accuracies": history,
         **measured(run, network, path.with_suffix(".safetensors"), settings),
         "seconds": time.time() - start,
         "machine": machine("lightning"),
     }
-    written = path.with_suffix(".partial")
-    written.write_text(json.dumps(figures, indent=1) + "\n")
-    written.rename(path)
-    shutil.rmtree(settings.folder / "checkpoints" / path.stem, ignore_errors=True)
+    _write(path, figures)
+    shutil.rmtree(_checkpoints(run, seed, settings), ignore_errors=True)
     return figures
 
 
-def total_epochs(run: Run, settings: Settings) -> float:
-    """All epochs that its weights have seen."""
-    before = total_epochs(run.of, settings) if run.of else 0
-    return before + settings.epochs_of(run)
+def seed_of(run: Run, seed: int) -> int:
+    """The reference is the same for all seeds."""
+    return 0 if run == REFERENCE else seed
 
 
 def trained(run: Run, seed: int, settings: Settings) -> nn.Module:
-    """The network of a run; the reference is the same for all seeds."""
-    seed = 0 if run == REFERENCE else seed
+    """The network of a run."""
+    seed = seed_of(run, seed)
     result(run, seed, settings)
-    file = settings.folder / f"{run.name}-seed{seed}.safetensors"
-    return slimnets.load(file, NETWORKS[run.network]())
+    return slimnets.load(
+        settings.path(run, seed).with_suffix(".safetensors"), NETWORKS[run.network]()
+    )
 
 
 def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[float]]:
@@ -151,7 +125,7 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
         asked = data.teacher if isinstance(data, AnsweredCIFAR10) else teacher
         module = DistillationModule(network, asked, optimizer=optimizer)
 
-    history, checkpoints = History(), settings.folder / "checkpoints" / f"{run.name}-seed{seed}"
+    history, checkpoints = History(), _checkpoints(run, seed, settings)
     trainer = L.Trainer(
         max_epochs=math.ceil(epochs),
         limit_train_batches=limit,
@@ -159,7 +133,7 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
             *methods(run, "" if teacher is not None else "network."),
             history,
             ExactResume(),
-            ModelCheckpoint(checkpoints, save_top_k=-1, every_n_epochs=5, filename="{epoch}"),
+            ModelCheckpoint(checkpoints, filename="{epoch}"),
         ],
         **_trainer_settings(settings),
     )
@@ -185,21 +159,21 @@ def one_cycle(learning_rate: float, steps: int) -> Callable[..., dict[str, Any]]
 def methods(run: Run, prefix: str = "") -> list[L.Callback]:
     """The callbacks of a run on a module that keeps its network under ``prefix``."""
     found: list[L.Callback] = []
+    kept = [prefix + name for name in KEPT.get(run.network, ())]
     if run.sparsity:
         at_once = {"begin": 0, "end": 0, "every": 1}
-        kept = [prefix + name for name in KEPT.get(run.network, ())]
         found.append(GradualPrune(run.sparsity, exclude=kept, **({} if run.gradual else at_once)))  # type: ignore[arg-type]
     if run.rank:
         ranks: Any = run.rank
         if run.rank == "paper":
             ranks = {prefix + name: rank for name, rank in PAPER_RANKS.items()}
-        found.append(LowRank(ranks, decomposition=run.decomposition))
+        found.append(LowRank(ranks, decomposition=run.decomposition, exclude=kept))
     return found
 
 
 def measured(run: Run, network: nn.Module, file: Path, settings: Settings) -> dict[str, Any]:
-    """Sizes, the accuracy of each form of the file, and speed against the dense reference."""
-    data, image = _data(settings), torch.randn(64, 3, 32, 32)
+    """Sizes, and the accuracy of each form of the file."""
+    data, image = _data(settings), torch.randn(1, 3, 32, 32)
     tester = L.Trainer(**_trainer_settings(settings))
     files = {}
     for form, dtype in FORMS.items():
@@ -211,34 +185,53 @@ def measured(run: Run, network: nn.Module, file: Path, settings: Settings) -> di
             loaded = slimnets.accelerate(loaded, image)
         (found,) = tester.validate(Classifier(loaded, sgd(0.1, 1)), data, verbose=False)
         files[form] = {"bytes": stored.stat().st_size, "accuracy": _accuracy(found)}
-    total = slimnets.summarize(network, image[:1]).total
-    dense = NETWORKS[REFERENCE.network]().eval()
+    total = slimnets.summarize(network, image).total
     pickled = file.with_suffix(".pt")
-    torch.save(dense.state_dict(), pickled)
-    figures = {
+    torch.save(NETWORKS[REFERENCE.network]().state_dict(), pickled)
+    dense_bytes = pickled.stat().st_size
+    pickled.unlink()
+    return {
         "files": files,
-        "dense_bytes": pickled.stat().st_size,
+        "dense_bytes": dense_bytes,
         "weights": total.weights,
         "nonzeros": total.nonzeros,
         "macs": total.macs,
         "effective_macs": total.effective_macs,
-        "speed": {} if settings.batches else speed(network, dense, image),
     }
-    pickled.unlink()
-    return figures
 
 
-def speed(network: nn.Module, dense: nn.Module, images: Tensor) -> dict[str, float]:
-    """Times as fast as ``dense`` in eager PyTorch, on one thread, by batch size."""
+def add_speed(run: Run, seed: int, settings: Settings, again: bool = False) -> None:
+    """Add to the JSON how many times as fast as the dense network that of the int8 file is.
+
+    Both on one thread, the dense one in eager PyTorch, by batch size; what is there is kept unless
+    it is measured ``again``.
+    """
+    path = settings.path(run, seed)
+    figures = json.loads(path.read_text())
+    if "speed" in figures and not again:
+        return
+    network = slimnets.load(path.with_suffix(".int8.safetensors"), NETWORKS[run.network]()).eval()
+    dense = NETWORKS[REFERENCE.network]().eval()
     threads, found = torch.get_num_threads(), {}
     torch.set_num_threads(1)
-    for batch in (1, len(images)):
-        fast = slimnets.accelerate(network.cpu().eval(), images[:batch])
-        found[str(batch)] = slimnets.summarize(fast, images[:batch], baseline=dense).ratios[
-            "latency"
-        ]
+    for batch in (1, 64):
+        images = torch.randn(batch, 3, 32, 32)
+        fast = slimnets.accelerate(network, images)
+        timed = slimnets.summarize(fast, images, baseline=dense)
+        found[str(batch)] = timed.ratios["latency"]
     torch.set_num_threads(threads)
-    return found
+    _write(path, {**figures, "speed": found})
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    written = path.with_suffix(".partial")
+    written.write_text(json.dumps(figures, indent=1) + "\n")
+    written.rename(path)
+
+
+def _checkpoints(run: Run, seed: int, settings: Settings) -> Path:
+    epochs = f"{settings.epochs_of(run):g}epochs"  # a cycle of another length cannot go on from it
+    return settings.folder / "checkpoints" / f"{settings.path(run, seed).stem}-{epochs}"
 
 
 def _data(settings: Settings, teacher: nn.Module | None = None) -> CIFAR10:
@@ -247,14 +240,18 @@ def _data(settings: Settings, teacher: nn.Module | None = None) -> CIFAR10:
         "batch_size": settings.batch_size,
         "held_out": settings.held_out,
     }
-    folder = settings.folder / "answers"
-    remembers = settings.answers and teacher is not None
-    data = AnsweredCIFAR10(folder, settings.answers, **given) if remembers else CIFAR10(**given)
+    if settings.answers and teacher is not None:
+        answered = AnsweredCIFAR10(settings.folder / "answers", settings.answers, **given)
+        _set_up(answered, settings)
+        answered.ask(teacher)
+        return answered
+    return _set_up(CIFAR10(**given), settings)
+
+
+def _set_up(data: CIFAR10, settings: Settings) -> CIFAR10:
     data.setup("fit")
     if not settings.held_out:
         data.validation = data.test
-    if isinstance(data, AnsweredCIFAR10) and teacher is not None:
-        data.ask(teacher)
     return data
 
 

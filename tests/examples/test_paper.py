@@ -24,7 +24,8 @@ from pathlib import Path
 warnings.simplefilter("ignore")
 import reproduce
 from runs import Run, pruned
-from train import Settings, result
+from train import result
+from settings import Settings
 import results
 folder, images = Path("paper"), Path(sys.argv[1])
 reference = Path("reference.safetensors")
@@ -35,25 +36,67 @@ result(Run("cnn-1k", of=taught, sparsity=0.75, rank=0.5, distilled=True), 1, set
 result(Run("cnn-1k"), 0, settings)
 results.main(["--folder", str(folder), "--out", "docs"])
 """
+INTERRUPTED = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import reproduce, train
+from runs import Run
+from settings import Settings
+
+class Stop(Exception):
+    pass
+
+class Interrupt(train.L.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise Stop
+
+run, methods = Run("cnn-1k", sparsity=0.75, rank=0.5), train.methods
+for folder in ("straight", "interrupted"):
+    settings = Settings(Path(folder), Path(sys.argv[1]), epochs=2.5, batch_size=8, device="cpu")
+    if folder == "interrupted":
+        train.methods = lambda *arguments: [*methods(*arguments), Interrupt()]
+        try:
+            train.result(run, 0, settings)
+        except Stop:
+            train.methods = methods
+    train.result(run, 0, settings)
+"""
+
+
+def run(program: str, folder: Path, images: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", program, images],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PAPER)},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, images: Path) -> None:
+    run(INTERRUPTED, tmp_path, images)
+    name = "cnn-1k-gradual75-spatial0.5-seed0"
+    straight, interrupted = (
+        json.loads((tmp_path / folder / f"{name}.json").read_text())
+        for folder in ("straight", "interrupted")
+    )
+    assert straight["epochs"] == 2.5
+    assert len(straight["accuracies"]) == 3
+    assert interrupted["accuracies"] == straight["accuracies"]
+    networks = [tmp_path / folder / f"{name}.safetensors" for folder in ("straight", "interrupted")]
+    assert networks[0].read_bytes() == networks[1].read_bytes()
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_runs_and_their_page(tmp_path: Path, images: Path) -> None:
     save_file(VGG(19).state_dict(), tmp_path / "reference.safetensors")
-
-    def run() -> None:
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, images],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PAPER)},
-            capture_output=True,
-            text=True,
-            timeout=800,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-
-    run()
+    run(PROGRAM, tmp_path, images)
     folder = tmp_path / "paper"
     found = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
     last = "cnn-1k-distilled-then-gradual75-spatial0.5-distilled-seed1.json"
@@ -78,7 +121,7 @@ def test_runs_and_their_page(tmp_path: Path, images: Path) -> None:
     assert (tmp_path / "docs" / "results" / "bytes.png").stat().st_size > 1000
 
     written = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
-    run()
+    run(PROGRAM, tmp_path, images)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.json")} == written
 
 

@@ -1,0 +1,52 @@
+"""How everything is trained."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runs import REFERENCE, Run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How everything is trained.
+
+    Attributes:
+        folder: Where JSON, networks and checkpoints go.
+        data_dir: As in ``examples/cifar10.py``.
+        epochs: Of each run but the reference; of 0.5, half the images are seen.
+        reference_epochs: Of the reference.
+        reference: A file of its weights, so that it is not trained.
+        held_out: Training images to measure accuracy on; 0 for the test images.
+        answers: Augmentations of each image whose answers by the reference are averaged, once; 0 to
+            ask it at every step.
+        batches: A limit for each epoch, for tests.
+    """
+
+    folder: Path
+    data_dir: Path
+    epochs: float = 15
+    reference_epochs: int = 30
+    reference: Path | None = None
+    held_out: int = 0
+    answers: int = 0
+    batch_size: int = 128
+    device: str = "auto"
+    precision: str = "32-true"
+    batches: int | None = None
+
+    def epochs_of(self, run: Run) -> float:
+        """The epochs of one run, without those of the run that it goes on with."""
+        return self.reference_epochs if run == REFERENCE else self.epochs
+
+    def path(self, run: Run, seed: int) -> Path:
+        """The JSON of a run; its networks lie beside it."""
+        return self.folder / f"{run.name}-seed{seed}.json"
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What the figures depend on, as JSON."""
+        reference = self.reference.name if self.reference else None
+        elsewhere = {"folder", "data_dir", "reference"}
+        own = {key: value for key, value in asdict(self).items() if key not in elsewhere}
+        return {**own, "reference": reference}
