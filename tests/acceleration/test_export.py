@@ -113,3 +113,20 @@ def test_another_suffix(tmp_path):
     with pytest.raises(ValueError, match=r"net\.bin.*\.pt2, \.onnx, \.pte"):
         export(network(), torch.randn(1, 3, 8, 8), tmp_path / "net.bin")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_vector_as_long_as_the_batch_is_large_changes_with_it(tmp_path, batch):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, x, scales, shift):
+            return self.linear(x) * scales[:, None] + shift
+
+    model, shift = Scaled().eval(), torch.randn(4)
+    path = export(model, (torch.randn(batch, 8), torch.randn(batch), shift), tmp_path / "net.pt2")
+    loaded = torch.export.load(path).module()
+    inputs = torch.randn(5, 8), torch.randn(5), shift
+    torch.testing.assert_close(loaded(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
+import slimnets
 from slimnets.acceleration.module import Accelerated, accelerate
 from slimnets.acceleration.trace import trace
 
@@ -292,3 +293,47 @@ def test_masks_and_cross_attention_go_to_pytorch():
     with torch.no_grad():
         for found, expected in zip(fast(*inputs), network(*inputs), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_counted_and_saved_as_the_network_it_computes(network, fast, tmp_path):
+    x = torch.randn(2, 3, 32, 32)
+    summary = slimnets.summarize(fast, x, baseline=network)
+    assert {summary.ratios[name] for name in ("weights", "nonzeros", "macs", "bytes")} == {1.0}
+    files = [tmp_path / "fast.safetensors", tmp_path / "network.safetensors"]
+    for model, file in zip((fast, network), files, strict=True):
+        slimnets.save(model, file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_weights_that_are_loaded_are_used(network):
+    fast, x = accelerate(network, torch.randn(2, 3, 32, 32)), torch.randn(2, 3, 32, 32)
+    assert fast.fast is not None
+    other = prune(vgg(), 0.5)
+    fast.original.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), other(x))
+
+
+def test_a_variant_that_fails_prints_nothing(capfd):
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 4)
+
+        def forward(self, x):
+            return self.linear(self.convolution(x).view(-1, 8 * 36))  # not of channels-last
+
+    accelerate(prune(Views(), 0.9), torch.randn(2, 3, 8, 8))
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        ("net.pt2", torch.ones(1, 2), "model='net.pt2': expected an nn.Module"),
+        (nn.Linear(2, 1), {"input": torch.ones(1, 2)}, "example_input: got a dictionary"),
+    ],
+)
+def test_what_cannot_be_called_is_refused(model, example, message):
+    with pytest.raises(TypeError, match=message):
+        accelerate(model, example)

@@ -98,3 +98,12 @@ def test_outputs_that_cannot_be_compared_are_refused(student, teacher, error, me
 def test_a_temperature_not_above_zero_is_refused(temperature) -> None:
     with pytest.raises(ValueError, match=r"temperature=.*above 0"):
         soft_targets(STUDENT, TEACHER, temperature)
+
+
+@pytest.mark.parametrize("loss", [soft_targets, logit_regression])
+def test_logits_of_tokens_have_the_classes_last(loss) -> None:
+    student, teacher = torch.randn(2, 3, 5, 7)  # 5 tokens, 7 classes
+    outputs = [SimpleNamespace(logits=logits) for logits in (student, teacher)]
+
+    flat = student.flatten(0, 1), teacher.flatten(0, 1)
+    torch.testing.assert_close(loss(*outputs), loss(*flat))

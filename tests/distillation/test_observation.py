@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as checkpointed
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from slimnets.distillation import DistillationModule, logit_regression, soft_targets
 from tests.distillation.students import (
@@ -236,3 +236,24 @@ def test_the_last_step_leaves_no_graph_behind(make_trainer) -> None:
             assert not network._forward_hooks
             assert not network._forward_pre_hooks
         assert "manual_backward" not in vars(student)
+
+
+def test_agreement_on_tokens_is_that_of_their_classes(make_trainer) -> None:
+    class Tagger(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Embedding(11, width), nn.Linear(width, 7))
+
+        def forward(self, tokens: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.layers(tokens))
+
+    student, teacher = Tagger(8), Tagger(16)
+    tokens, tags = torch.randint(11, (4, 5)), torch.randint(7, (4, 5))
+    answers = [network(tokens).logits.argmax(-1) for network in (student, teacher)]
+
+    trainer = make_trainer(max_epochs=1)
+    module = DistillationModule(student, teacher)
+    trainer.validate(module, DataLoader(TensorDataset(tokens, tags), 4))
+    logged = trainer.callback_metrics
+    assert logged["val/agreement"] == pytest.approx((answers[0] == answers[1]).float().mean())
+    assert logged["val/student_accuracy"] == pytest.approx((answers[0] == tags).float().mean())

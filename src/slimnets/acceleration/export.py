@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimnets.acceleration.attention import traceable
-from slimnets.acceleration.module import copy_for_inference, same_results
+from slimnets.acceleration.module import copy_for_inference, positional, same_results
 from slimnets.acceleration.shrink import shrink
 from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace
 from slimnets.layers import compressed_network
@@ -22,7 +22,8 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
     """Write ``model`` for another runtime, with batch norm folded and dead channels removed.
 
     Weights are written dense: these runtimes gain nothing from single zeros. The first dimension
-    of every input, the batch, may change afterwards where the network allows it.
+    of every input, the batch, may change afterwards where the network allows it; that of a vector
+    if it is as long as the batch is large.
 
     Args:
         model: Any module that ``torch.export`` understands; it is copied and left as it is.
@@ -35,6 +36,7 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
         ``path``.
 
     Raises:
+        TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
         ValueError: If the suffix is another.
         ImportError: If a package for the format is missing.
     """
@@ -45,10 +47,10 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
     if missing:
         extra = "executorch" if path.suffix == ".pte" else "slimnets[export]"
         raise ImportError(f"{path.suffix} needs {' and '.join(missing)}: pip install {extra}")
-    example = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
+    example = positional(model, example_input)
     with torch.no_grad():
         network = simplified(compressed_network(model), example)
-        _write(network, tuple(_at_least_two(value) for value in example), path)
+        _write(network, _at_least_two(example), path)
     return path
 
 
@@ -67,14 +69,20 @@ def simplified(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
     return graph if same_results(graph, example, expected) else original
 
 
-def _at_least_two(value: Any) -> Any:
+def _at_least_two(example: tuple[Any, ...]) -> tuple[Any, ...]:
     # torch.export takes a dimension of one for a constant
-    return torch.cat([value, value]) if _is_batch(value) and value.shape[0] == 1 else value
+    return tuple(
+        torch.cat([value, value]) if is_batch and len(value) == 1 else value
+        for value, is_batch in zip(example, _are_batches(example), strict=True)
+    )
 
 
 def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
     mobile = path.suffix == ".pte"
-    free = tuple({0: _batch(v, mobile)} if _is_batch(v) else None for v in example)
+    free = tuple(
+        {0: _batch(value, mobile)} if is_batch else None
+        for value, is_batch in zip(example, _are_batches(example), strict=True)
+    )
     with warnings.catch_warnings():  # the exporters' own, about versions to come
         warnings.simplefilter("ignore")
         program = torch.export.export(network, example, dynamic_shapes=free)
@@ -86,8 +94,14 @@ def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
             torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
 
 
-def _is_batch(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 1
+def _are_batches(example: tuple[Any, ...]) -> list[bool]:
+    tensors = [value for value in example if isinstance(value, Tensor)]
+    sizes = {len(value) for value in tensors if value.dim() > 1}
+    return [
+        isinstance(value, Tensor)
+        and (value.dim() > 1 or (value.dim() == 1 and len(value) in sizes))
+        for value in example
+    ]
 
 
 def _batch(value: Tensor, mobile: bool) -> Any:

@@ -1,7 +1,9 @@
 """The accelerated network, and the way there."""
 
 import copy
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -43,7 +45,13 @@ class Accelerated(nn.Module):
         self.report = report
         self.expected = [_kind(value) for value in example]
         self.state = _placement(original)
+        original.register_load_state_dict_post_hook(self._forget)
         self.eval()
+
+    @property
+    def compressed_network(self) -> nn.Module:
+        """The network that is counted and saved."""
+        return self.original
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,6 +79,9 @@ class Accelerated(nn.Module):
             self.fast = None
         return self
 
+    def _forget(self, *_: Any) -> None:
+        self.fast = None  # it has copies of the weights, some packed
+
 
 def _kind(value: Any) -> Any:
     """What has to stay the same for the graph to be right."""
@@ -96,8 +107,11 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
     Returns:
         A module that computes the same in eval mode (up to rounding, see ``docs``), with what was
         chosen in its ``report``.
+
+    Raises:
+        TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
     """
-    example = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
+    example = positional(model, example_input)
     original = copy_for_inference(compressed_network(model))
     with torch.no_grad():
         original(*example)  # what is made at the first run is there at the next
@@ -112,6 +126,22 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
         except Exception as error:  # a network that runs must go on running
             fast, report = None, Report(note=f"The network stays as it is: {error!r}")
     return Accelerated(original, fast, example, report)
+
+
+def positional(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
+    """The arguments of ``forward`` that ``example_input`` is.
+
+    Raises:
+        TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: expected an nn.Module")
+    if isinstance(example_input, Mapping):
+        raise TypeError(
+            "example_input: got a dictionary, expected a tensor or a tuple of the arguments of "
+            "forward; a dictionary that is one of them stands in a tuple, (dictionary,)"
+        )
+    return example_input if isinstance(example_input, tuple) else (example_input,)
 
 
 def copy_for_inference(model: nn.Module) -> nn.Module:
@@ -191,7 +221,8 @@ def _of_graph(graph: fx.GraphModule, example: tuple[Any, ...]) -> Choice:
 def same_results(variant: Callable[..., Any], example: tuple[Any, ...], expected: Any) -> bool:
     """Whether ``variant`` computes what was ``expected`` of ``example``, up to rounding."""
     try:
-        return _close(variant(*example), expected)
+        with redirect_stderr(io.StringIO()):  # torch.fx prints what went wrong before it raises
+            return _close(variant(*example), expected)
     except Exception:
         return False
 

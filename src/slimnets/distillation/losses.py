@@ -16,7 +16,9 @@ def soft_targets(student: Any, teacher: Any, temperature: float = 4.0) -> Tensor
     the gradient whatever the temperature. Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
 
     Args:
-        student: Logits of shape ``(batch, classes, ...)``, or an output with such ``.logits``.
+        student: Logits of shape ``(batch, classes, ...)``, or an output with such ``.logits``, or
+            with ``.logits`` of shape ``(batch, tokens, classes)``. A tensor that has its classes
+            last goes in as ``tensor.movedim(-1, 1)``.
         teacher: The same of the teacher.
         temperature: What the logits are divided by; above 1 the small probabilities count more.
 
@@ -47,7 +49,8 @@ def logit_regression(student: Any, teacher: Any) -> Tensor:
     Ba and Caruana 2014, arXiv 1312.6184, equation 1.
 
     Args:
-        student: Logits of shape ``(batch, classes, ...)``, or an output with such ``.logits``.
+        student: Logits of shape ``(batch, classes, ...)``, or an output with such ``.logits``, or
+            with ``.logits`` of shape ``(batch, tokens, classes)``.
         teacher: The same of the teacher.
 
     Returns:
@@ -72,9 +75,17 @@ def check_temperature(temperature: float) -> None:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The logits in what a network returned: the tensor itself or its ``.logits``, else None."""
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) else None
+    """The logits in what a network returned, ``(batch, classes, ...)``; None if there are none.
+
+    They are the tensor itself or its ``.logits``, of which three dimensions are taken for
+    ``(batch, tokens, classes)``, as language models and token classifiers return them.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        return None
+    return logits.movedim(-1, 1) if logits.ndim == 3 else logits
 
 
 def _logits_of_both(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:

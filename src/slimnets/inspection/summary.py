@@ -126,8 +126,8 @@ def summarize(
     with as many threads as PyTorch is set to; a baseline takes turns with it, A B A B.
 
     Args:
-        model: The network; of a :class:`slimnets.DistillationModule`, its student. A compiled
-            network is measured compiled.
+        model: The network; of a :class:`slimnets.DistillationModule`, its student. A compiled or
+            accelerated network is counted as it was before, and measured as it is.
         example_input: What the network is called with: a tensor, a tuple of arguments or a
             dictionary of keyword arguments. Default: a LightningModule's ``example_input_array``;
             without one, operations and latency stay unknown.
@@ -156,12 +156,11 @@ def summarize(
     if example_input is None:
         return _compare([_counted(network, None) for network in networks])
 
-    # a compiled student is unwrapped by compressed_network, but it is the compiled one that runs
-    running = [getattr(one, "compressed_network", one) for one in models]
-    with undisturbed(*running):
+    with undisturbed(*models):
         summaries = [_counted(network, example_input) for network in networks]
         with torch.inference_mode():
-            forwards = [_forward(one, example_input) for one in running]
+            # what was given, not what is counted of it: it may be compiled or accelerated
+            forwards = [_forward(one, example_input) for one in models]
             times = measure(*forwards, device=device_of(model))
     return _compare(summaries, times, _conditions(networks[0], example_input))
 
