@@ -1,4 +1,4 @@
-"""Prune, factorize, save, load and merge networks that nobody here wrote, and print what became.
+"""Prune, factorize, save, load and merge networks of other libraries, and print what became.
 
 Weights are random and images small; nothing is downloaded. Needs ``timm``.
 
@@ -27,7 +27,7 @@ COLUMNS = (
     *("weights", "zeros", "bytes, dense", "bytes, file", "result"),
 )
 
-PAGE = """# Networks that nobody here wrote
+PAGE = """# Networks of other libraries, and small ones
 
 ```bash
 {command}

@@ -1,4 +1,4 @@
-"""Networks that nobody here wrote, and small ones for each situation that a layer can be in."""
+"""Networks of other libraries, and small ones for each situation that a layer can be in."""
 
 import warnings
 from collections.abc import Callable, Iterator

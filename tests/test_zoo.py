@@ -1,4 +1,4 @@
-"""Networks that nobody here wrote, and each situation that a layer can be in."""
+"""Networks of other libraries, and each situation that a layer can be in."""
 
 import copy
 import re
