@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="augmentations to ask the teacher about, once, not anew at every step",
     )
     add("--batch-size", type=int, default=128)
+    add("--learning-rate", type=float, help="of all, to compare some on --held-out images")
     add("--device", default="auto", help="an accelerator of Lightning's: cpu, cuda, ...")
     add("--precision", default="32-true", help="of the Trainer, for example bf16-mixed")
     add("--time-again", action="store_true", help="measure speeds anew, with nothing else running")

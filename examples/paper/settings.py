@@ -20,6 +20,7 @@ class Settings:
         held_out: Training images to measure accuracy on; 0 for the test images.
         answers: Augmentations of each image whose answers by the reference are averaged, once; 0 to
             ask it at every step.
+        learning_rate: The largest of the cycle; None for that of each run.
         batches: A limit for each epoch, for tests.
     """
 
@@ -31,6 +32,7 @@ class Settings:
     held_out: int = 0
     answers: int = 0
     batch_size: int = 128
+    learning_rate: float | None = None
     device: str = "auto"
     precision: str = "32-true"
     batches: int | None = None
@@ -38,6 +40,10 @@ class Settings:
     def epochs_of(self, run: Run) -> float:
         """The epochs of one run, without those of the run that it goes on with."""
         return self.reference_epochs if run == REFERENCE else self.epochs
+
+    def learning_rate_of(self, run: Run) -> float:
+        """The largest of the run's cycle."""
+        return self.learning_rate or run.learning_rate
 
     def path(self, run: Run, seed: int) -> Path:
         """The JSON of a run; its networks lie beside it."""

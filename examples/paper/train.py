@@ -57,12 +57,12 @@ def result(run: Run, seed: int, settings: Settings) -> dict[str, Any]:
     """What the run gave; it is trained unless its JSON is there.
 
     Raises:
-        ValueError: If what is there was measured on other images, or in fewer batches.
+        ValueError: If what is there was measured on other images, or trained in another way.
     """
     path = settings.path(run, seed)
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
-        for key in ("held_out", "batches"):
+        for key in ("held_out", "learning_rate", "batches"):
             before, now = found["settings"][key], settings.recorded[key]
             if before != now:
                 raise ValueError(
@@ -78,7 +78,7 @@ def result(run: Run, seed: int, settings: Settings) -> dict[str, Any]:
         "run": run.name,
         "seed": seed,
         "epochs": before + settings.epochs_of(run),  # all that its weights have seen
-        "learning_rate": run.learning_rate,
+        "learning_rate": settings.learning_rate_of(run),
         "settings": settings.recorded,
         "accuracies": history,
         **measured(run, network, path.with_suffix(".safetensors"), settings),
@@ -119,7 +119,7 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
     epochs = settings.epochs_of(run)
     limit = settings.batches or epochs / math.ceil(epochs)
     steps = settings.batches or int(limit * len(data.train_dataloader()))
-    optimizer = one_cycle(run.learning_rate, math.ceil(epochs) * steps)
+    optimizer = one_cycle(settings.learning_rate_of(run), math.ceil(epochs) * steps)
     module: L.LightningModule = Classifier(network, optimizer)
     if teacher is not None:
         asked = data.teacher if isinstance(data, AnsweredCIFAR10) else teacher
