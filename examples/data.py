@@ -1,5 +1,6 @@
 """Data modules of images that are decoded once and augmented a batch at a time, on the device."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,29 +120,30 @@ class CIFAR10(ImageData):
         super().__init__(batch_size)
         self.data_dir, self.held_out = Path(data_dir), held_out
 
-    @property
-    def is_image_folder(self) -> bool:
-        """Whether ``data_dir`` holds the images as files."""
-        return (self.data_dir / "train").is_dir() and (self.data_dir / "test").is_dir()
-
     @override
     def prepare_data(self) -> None:
-        if not self.is_image_folder:
+        if not _is_image_folder(self.data_dir):
             datasets.CIFAR10(str(self.data_dir), download=True)
 
     @override
     def setup(self, stage: str) -> None:
-        if not hasattr(self, "test"):  # decoding takes some seconds, and every stage comes by
-            self.train, self.validation = self._read("train").split(self.held_out)
-            self.test = self._read("test")
+        if not hasattr(self, "test"):  # every stage comes by
+            self.train, self.validation = _read(self.data_dir, "train").split(self.held_out)
+            self.test = _read(self.data_dir, "test")
 
-    def _read(self, part: str) -> Images:
-        if not self.is_image_folder:
-            original = datasets.CIFAR10(str(self.data_dir), train=part == "train")
-            return Images(_channels_first(original.data), torch.tensor(original.targets))
-        folder = datasets.ImageFolder(str(self.data_dir / part), transform=np.asarray)
-        pixels = np.stack([image for image, _ in folder])
-        return Images(_channels_first(pixels), torch.tensor(folder.targets))
+
+def _is_image_folder(data_dir: Path) -> bool:
+    return (data_dir / "train").is_dir() and (data_dir / "test").is_dir()
+
+
+@cache  # decoding takes some seconds, and each run of several makes a data module
+def _read(data_dir: Path, part: str) -> Images:
+    if not _is_image_folder(data_dir):
+        original = datasets.CIFAR10(str(data_dir), train=part == "train")
+        return Images(_channels_first(original.data), torch.tensor(original.targets))
+    folder = datasets.ImageFolder(str(data_dir / part), transform=np.asarray)
+    pixels = np.stack([image for image, _ in folder])
+    return Images(_channels_first(pixels), torch.tensor(folder.targets))
 
 
 def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:

@@ -220,7 +220,8 @@ def _unpruned(model: nn.Module, masks: Mapping[str, Tensor]) -> Counter[str]:
         if parameter.ndim > 1 and id(parameter) not in pruned:
             owner, _, rest = name.partition(".parametrizations.")
             owner = owner if rest else name.rpartition(".")[0]
-            found[reasons.get(owner) or _whose(model.get_submodule(owner), name)] += 1
+            reason = reasons.get(owner) or reasons.get(name)
+            found[reason or _whose(model.get_submodule(owner), name)] += 1
     return found
 
 

@@ -64,7 +64,12 @@ def speed(figures: Figures, batch: int) -> float:
 
 def faster(batch: int) -> Cell:
     """Times as fast as the dense network."""
-    return lambda figures: f"{speed(figures, batch):.1f}"
+
+    def cell(figures: Figures) -> str:
+        ratio = speed(figures, batch)
+        return "" if math.isnan(ratio) else f"{ratio:.1f}"
+
+    return cell
 
 
 def table(results: Results, runs: Iterable[Run], columns: dict[str, Cell]) -> str:
@@ -134,7 +139,10 @@ def targets(results: Results) -> str:
         lines.append(f"| {' | '.join(cells)} |")
 
     def spelled(values: dict[str, float]) -> str:
-        return ", ".join(f"{value:.3g} {name}" for name, value in values.items())
+        return ", ".join(
+            "not timed" if math.isnan(value) else f"{value:.3g} {name}"
+            for name, value in values.items()
+        )
 
     for title, run, form, wanted in TARGETS:
         figures = results.of(run)

@@ -46,7 +46,12 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """The largest of the cycle; distillation's gradients are about twice as large."""
+        """The largest of the cycle; distillation's gradients are about twice as large.
+
+        Compared with ``students --only cnn-1k cnn-1k-distilled --epochs 3 --held-out 5000
+        --learning-rate RATE``: alone 50.0 % at 0.01, 56.4 % at 0.03, 48.4 % at 0.1; distilled
+        58.2 % at 0.01, 45.2 % at 0.03. The others are guesses.
+        """
         if self.of is not None:
             return 0.01
         if self.network in STUDENTS:
