@@ -8,6 +8,7 @@ from slimnets.layers import (
     compressed_network,
     is_parametrized,
     names_of,
+    paths_in,
     replace,
     without,
 )
@@ -19,8 +20,15 @@ def layers():
 
 def test_the_first_glob_that_matches_wins_whatever_comes_later():
     assert assign({"a.*": 1, "*": 2}, layers(), "r") == {"a.0": 1, "a.1": 1, "b": 2}
-    assert assign({"*": 2, "a.*": 1}, layers(), "r") == {"a.0": 2, "a.1": 2, "b": 2}
+    assert assign({"*.0": 2, "a.*": 1}, layers(), "r") == {"a.0": 2, "a.1": 1}
     assert assign({"b": 3}, layers(), "r") == {"b": 3}
+
+
+def test_a_glob_that_wins_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"r\['b'\]=1 has no effect: .* '\*' .* put 'b' first"):
+        assign({"*": 2, "b": 1}, layers(), "r")
+    with pytest.raises(ValueError, match=r"r\['a'\]=3 has no effect: .* '\*0', 'a\.1' before it"):
+        assign({"a.1": 1, "b": 2, "*0": 2, "a": 3}, layers(), "r")
 
 
 def test_globs_are_case_sensitive_and_cross_dots():
@@ -58,6 +66,23 @@ def test_the_compressed_network_is_found_through_wrappers():
     assert compressed_network(network) is network
     assert compressed_network(Wrapper()) is network
     assert compressed_network(torch.compile(network)) is network
+
+
+def test_layers_of_the_compressed_network_have_paths_in_what_wraps_it():
+    network = nn.Sequential(nn.Linear(2, 2))
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.compile(network)
+
+        @property
+        def compressed_network(self):
+            return self.inner
+
+    assert paths_in(network, {"0": 1, "": 2}) == {"0": 1, "": 2}
+    assert paths_in(Wrapper(), {"0": 1}) == {"inner._orig_mod.0": 1}
+    assert paths_in(torch.compile(network), {"": 1}) == {"_orig_mod": 1}
 
 
 def test_is_parametrized():

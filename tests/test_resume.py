@@ -214,12 +214,60 @@ def test_resuming_with_other_arguments_warns_and_keeps_the_zeros(make_trainer, t
     assert int((module.network[7].weight == 0).sum()) == round(0.95 * 8192)
 
 
+def resume_from_the_middle(make_trainer, folder, before, after):
+    """Go on with the callbacks ``after`` from the second of four epochs of those ``before``."""
+    save = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")
+    trainer = make_trainer(max_epochs=4, callbacks=[*before, save], enable_checkpointing=True)
+    trainer.fit(Noisy(), small_data(), small_data(8))
+    trainer = make_trainer(max_epochs=4, callbacks=after)
+    trainer.fit(Noisy(), small_data(), small_data(8), ckpt_path=folder / "epoch=1.ckpt")
+    assert all(prune.target_reached for prune in after)
+
+
+def pruning(sparsity, **arguments):
+    return GradualPrune(sparsity, end=1.0, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        (lambda: pruning({"network.7": 0.8, "network.9": 0.9}), r"made with sparsity=0.8"),
+        (lambda: pruning(0.8, exclude="network.9"), r"made with exclude=\[\];"),
+    ],
+)
+def test_with_other_globs_or_another_exclude_the_schedule_goes_on(
+    make_trainer, tmp_path, after, said
+):
+    with pytest.warns(UserWarning, match=said):
+        resume_from_the_middle(make_trainer, tmp_path, [pruning(0.8)], [prune := after()])
+    assert prune._clock.steps == [24]
+
+
+def test_stacked_the_one_with_other_globs_goes_on_from_the_one_that_is_gone(make_trainer, tmp_path):
+    before = [pruning({"network.7": 0.8}), pruning({"network.0": 0.5})]
+    after = [pruning({"network.0": 0.5}), pruning({"network.[79]": 0.8})]
+    with pytest.warns(UserWarning, match=r"made with sparsity=\{'network.7': 0.8\}"):
+        resume_from_the_middle(make_trainer, tmp_path, before, after)
+    assert [prune._clock.steps for prune in after] == [[24], [24]]
+
+
+def test_stacked_where_several_are_gone_the_schedule_begins_anew_and_says_so(
+    make_trainer, tmp_path
+):
+    before = [pruning({"network.7": 0.8}), pruning({"network.0": 0.5})]
+    with pytest.warns(UserWarning, match=r"'network.\*'.*begins its schedule anew, zeros are kept"):
+        resume_from_the_middle(
+            make_trainer, tmp_path, before, [prune := pruning({"network.*": 0.8})]
+        )
+    assert prune._clock.steps == [12]
+
+
 def test_a_longer_run_goes_on_with_the_span_it_had(make_trainer, tmp_path):
     fit(make_trainer, tmp_path)
     prune = GradualPrune(0.9, end=0.8)
     trainer = make_trainer(max_epochs=20, limit_train_batches=1, callbacks=[prune, ExactResume()])
     trainer.fit(Noisy(), small_data(), small_data(8), ckpt_path=tmp_path / "epoch=2.ckpt")
-    assert prune._span.end == 24
+    assert prune._clock.span.end == 24
     assert prune.target_reached
 
 

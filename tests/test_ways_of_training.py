@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from slimnets import DistillationModule, GradualPrune, LowRank
 from slimnets.lowrank import LowRankPair
-from slimnets.pruning.schedules import linear
+from slimnets.pruning.schedules import linear, one_shot
 from tests.distillation.students import Images, Perceptron
 from tests.support import Classifier, small_data, small_network
 
@@ -301,6 +301,60 @@ def test_both_networks_of_a_gan_are_pruned_by_the_steps_of_their_own_optimizers(
     generator, discriminator = zip(*seen, strict=True)
     assert generator.index(generator[-1]) == 11  # the 6th of its steps is in the 12th batch
     assert discriminator.index(discriminator[-1]) == 5
+
+
+class Dcgan(Gan):
+    """What the generator makes once, both steps see: its graph outlives that of the other."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.generator[2].requires_grad_(not frozen)
+
+    def training_step(self, batch, batch_idx):
+        images = batch[0].flatten(1)
+        fake = self.generator(images[:, :8])
+        guess = self.discriminator(torch.cat([images[:, 8:24], fake.detach()]))
+        truth = torch.cat([torch.ones(len(fake), 1), torch.zeros(len(fake), 1)])
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.binary_cross_entropy_with_logits(guess, truth))
+            optimizer.step()
+            for name, mask in self.trainer.callbacks[0].masks.items():
+                assert not self.get_parameter(name)[~mask].any()
+            guess, truth = self.discriminator(fake), torch.ones(len(fake), 1)
+
+    def configure_optimizers(self):
+        live = [p for p in self.generator.parameters() if p.requires_grad]
+        return (
+            torch.optim.SGD(self.discriminator.parameters(), lr=0.1, momentum=0.9),
+            torch.optim.Adam(live, lr=0.01, weight_decay=0.1),
+        )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"sparsity": {"generator": SPARSITY}},
+        {"initial": 0.5},
+        {"schedule": one_shot},
+        {"scope": "global"},
+        {"scope": "global", "initial": 0.5},
+    ],
+)
+def test_a_graph_may_outlive_the_step_of_another_optimizer(make_trainer, arguments, frozen):
+    torch.manual_seed(0)
+    module = Dcgan(frozen)
+    prune = GradualPrune(**{"sparsity": SPARSITY, "begin": 0, "end": 6, "every": 1, **arguments})
+    make_trainer(max_epochs=2, callbacks=[prune]).fit(module, small_data())
+    counts, sizes = zeros(module), {n: mask.numel() for n, mask in prune.masks.items()}
+    if prune.scope == "global":
+        assert sum(counts.values()) == round(SPARSITY * sum(sizes.values()))
+    else:
+        assert counts == dict.fromkeys(counts, 0) | {
+            n: round(SPARSITY * k) for n, k in sizes.items()
+        }
 
 
 class Unwrapped(Classifier):

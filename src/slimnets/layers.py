@@ -31,6 +31,12 @@ def compressed_network(module: nn.Module) -> nn.Module:
     return inner if inner is module else compressed_network(inner)
 
 
+def paths_in(module: nn.Module, by_name: Mapping[str, T]) -> dict[str, T]:
+    """``by_name`` with the names that layers of the compressed network have in ``module``."""
+    network = names_of(module, compressed_network(module))[0]
+    return {".".join(filter(None, (network, name))): value for name, value in by_name.items()}
+
+
 def as_selectors(selectors: Selectors, argument: str) -> tuple[Selector, ...]:
     """``selectors`` as a tuple, each one checked.
 
@@ -100,23 +106,27 @@ def assign(values: Mapping[str, T], layers: Mapping[str, nn.Module], argument: s
         argument: What to call ``values`` in an error.
 
     Raises:
-        ValueError: If a glob matches none of ``layers``.
+        ValueError: If a glob matches none of ``layers``, or only some that earlier ones match.
 
     Examples:
         >>> layers = {"features.0": nn.Linear(2, 2), "head": nn.Linear(2, 2)}
         >>> assign({"head": 0.5, "*": 0.9}, layers, "sparsity")
         {'features.0': 0.9, 'head': 0.5}
     """
-    for glob in values:
-        if not any(glob_matches(name, glob) for name in layers):
+    winners: dict[str, str] = {}
+    for glob, value in values.items():
+        matched = [name for name in layers if glob_matches(name, glob)]
+        if not matched:
             raise ValueError(_chose_nothing(argument, glob, layers))
-    found: dict[str, T] = {}
-    for name in layers:
-        for glob, value in values.items():
-            if glob_matches(name, glob):
-                found[name] = value
-                break
-    return found
+        won = [name for name in matched if name not in winners]
+        if not won:
+            earlier = ", ".join(repr(one) for one in dict.fromkeys(winners[n] for n in matched))
+            raise ValueError(
+                f"{argument}[{glob!r}]={value!r} has no effect: the first glob that matches wins, "
+                f"and its layers are all those of {earlier} before it; put {glob!r} first"
+            )
+        winners |= dict.fromkeys(won, glob)
+    return {name: values[winners[name]] for name in layers if name in winners}
 
 
 def is_parametrized(layer: nn.Module, tensor: str = "weight") -> bool:

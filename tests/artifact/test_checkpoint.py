@@ -17,6 +17,7 @@ from slimnets.artifact.container import inspect
 from slimnets.artifact.file import load
 from slimnets.artifact.streams import ArtifactError
 from slimnets.distillation.module import DistillationModule
+from slimnets.lowrank.callback import LowRank
 
 
 class Lit(L.LightningModule):
@@ -53,6 +54,19 @@ def test_a_lightning_module(checkpoint: Any, tmp_path: Path) -> None:
     assert same_bits(loaded.net.weight, trained.net.weight)
     convert_checkpoint(source, tmp_path / "part", network="net")
     assert same_bits(load(tmp_path / "part", nn.Linear(4, 3)).weight, trained.net.weight)
+
+
+def test_a_checkpoint_in_the_place_of_a_file_is_told_what_to_do(
+    checkpoint: Any, tmp_path: Path
+) -> None:
+    source, trained = checkpoint(Lit(), callbacks=[LowRank(r=1)])
+    for read in (inspect, lambda path: load(path, Lit())):
+        with pytest.raises(ArtifactError, match=rf"call slimnets\.convert_checkpoint\('{source}'"):
+            read(source)
+    convert_checkpoint(source, tmp_path / "net")
+    loaded = load(tmp_path / "net", Lit())
+    assert loaded.net.rank == 1
+    assert same_bits(loaded.net.weight, trained.net.weight)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")

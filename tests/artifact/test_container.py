@@ -182,8 +182,11 @@ def test_a_read_only_folder_leaves_the_previous_file() -> None:
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        write(tmp_path / "nowhere" / "file", b"new")
+    path = tmp_path / "nowhere" / "file"
+    with pytest.raises(FileNotFoundError) as raised:
+        write(path, b"new")
+    folder = str(path.parent.resolve())
+    assert str(raised.value) == f"path={str(path)!r}: there is no folder {folder!r}; make it first"
 
 
 def test_a_folder_in_the_place_of_the_file_leaves_nothing_behind(tmp_path: Path) -> None:

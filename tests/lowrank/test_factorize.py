@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from slimnets.distillation import DistillationModule
 from slimnets.lowrank import LowRankPair, factorize, merge, plan
 
 PAPER = [5, 24, 48, 48, 64, 128, 128, 160, 192, 256, 320, 320, 320, 320, 320, 320]
@@ -44,6 +45,54 @@ def test_a_root_that_is_a_layer_is_replaced():
     assert isinstance(pair, LowRankPair)
     assert isinstance(layer, nn.Linear)
     assert isinstance(merge(pair), nn.Linear)
+
+
+def distilled(student):
+    return DistillationModule(student=student, teacher=nn.Linear(16, 16))
+
+
+WRAPS = {
+    "distilled": distilled,
+    "compiled": torch.compile,
+    "both": lambda net: distilled(torch.compile(net)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_names_are_those_of_the_compressed_network(wrap):
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model = wrap(net)
+    assert [row.name for row in plan(model, {"0": 2}, exclude="2")] == ["0", "2"]
+    assert factorize(model, {"0": 2}, exclude="2") is model
+    assert names(net) == ["0"]
+    assert merge(model) is model
+    assert names(net) == []
+
+
+def test_a_student_that_is_itself_a_layer_is_replaced_in_its_module():
+    model = distilled(nn.Linear(16, 16))
+    assert factorize(model, {"": 2}) is model
+    assert isinstance(model.student, LowRankPair)
+    assert merge(model) is model
+    assert isinstance(model.student, nn.Linear)
+
+
+def test_a_layer_that_a_list_holds_too_goes_on_learning():
+    class Lists(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.blocks = [self.a, self.b]
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x).relu()
+            return self.head(x)
+
+    net = factorize(Lists(), 2)
+    assert names(net) == ["head"]
+    net(torch.randn(3, 16)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
 
 
 def test_it_is_idempotent():

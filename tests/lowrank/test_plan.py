@@ -120,6 +120,49 @@ def test_the_first_glob_that_matches_counts():
     assert found["0"].asked
 
 
+class Holds(nn.Module):
+    """Holds its layers where no module tree sees them, too."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        hold(self)
+
+
+HELD = {
+    "list": lambda net: vars(net).update(layers=[net.first]),
+    "nested": lambda net: vars(net).update(layers=({"a": [net.second, {net.first}]}, 3)),
+    "itself": lambda net: vars(net).update(layers=net.first),
+    "method": lambda net: vars(net).update(layers=net.first.forward),
+}
+
+
+@pytest.mark.parametrize("hold", HELD.values(), ids=HELD)
+def test_a_layer_that_is_held_outside_of_the_module_tree_is_left(hold):
+    found = rows(nn.Sequential(Holds(hold)), 4)["0.first"]
+    assert found.reason == "it is also held in Holds.layers, outside of the module tree"
+    assert not found.asked
+
+
+def test_what_attributes_hold_besides_is_no_reason_to_leave_a_layer():
+    def hold(net):
+        net.first.register_forward_hook(print)
+        vars(net.first)["own"] = [net.first]
+        vars(net)["cycle"] = cycle = {"sizes": [16, 16]}
+        cycle["again"] = [cycle]
+
+    net = nn.Sequential(Holds(hold))
+    vars(net)["stages"] = [net[0]]  # the layers in it are replaced in the stage
+    assert plan(net, 4).ranks == {"0.first": 4, "0.second": 4}
+
+
+def test_a_layer_that_is_compiled_by_itself_is_left():
+    net = nn.Sequential(torch.compile(nn.Linear(16, 16)), nn.Linear(16, 16))
+    assert plan(net, 4).ranks == {"1": 4}
+    assert plan(torch.compile(nn.Linear(16, 16)), 4).ranks == {}
+    assert "OptimizedModule" in plan(net, 4).left[0].reason
+
+
 @pytest.mark.parametrize(
     "exclude",
     ["0", ["0"], nn.Conv1d, (nn.Conv1d,), lambda name, layer: name == "0"],

@@ -3,6 +3,7 @@
 import copy
 import csv
 import io
+from contextlib import suppress
 from functools import partial
 
 import lightning as L
@@ -127,20 +128,20 @@ def test_under_a_gradient_accumulation_scheduler(make_trainer):
     module, *_ = run(
         make_trainer, prune, callbacks=[GradientAccumulationScheduler({0: 1, 1: 4})], epochs=3
     )
-    assert prune._span.end == 6 + 2 + 2
+    assert prune._clock.span.end == 6 + 2 + 2
     assert zeros(module) == expected(module, 0.9)
 
 
 def test_limits_of_the_run(make_trainer):
     prune = GradualPrune(0.9, end=1.0)
     run(make_trainer, prune, epochs=5, max_steps=7)
-    assert prune._span.end == 7
+    assert prune._clock.span.end == 7
     prune = GradualPrune(0.9, end=1.0)
     run(make_trainer, prune, epochs=2, limit_train_batches=3)
-    assert prune._span.end == 6
+    assert prune._clock.span.end == 6
     prune = GradualPrune(0.9, end=1.0)
     run(make_trainer, prune, epochs=2, overfit_batches=2)
-    assert prune._span.end == 4
+    assert prune._clock.span.end == 4
 
 
 def test_the_steps_of_the_schedule_are_those_of_the_optimizer(make_trainer):
@@ -263,7 +264,7 @@ def test_stochastic_weight_averaging(make_trainer):
     prune = GradualPrune(0.9, end=1.0)
     swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
     module, *_ = run(make_trainer, prune, callbacks=[swa], epochs=4)
-    assert prune._span.end == 24  # not 30: the epoch that SWA adds has no steps
+    assert prune._clock.span.end == 24  # not 30: the epoch that SWA adds has no steps
     assert zeros(module) == expected(module, 0.9)
 
 
@@ -336,6 +337,45 @@ def test_globally_under_two_optimizers_the_slower_is_the_clock(make_trainer):
     assert watch.history[7] == round(0.5 * total)
 
 
+class Nested(torch.optim.SGD):
+    """Steps by a step of its parent, whose hooks torch then calls too."""
+
+    calls = 0
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.calls += 1
+        if self.calls == 3:
+            raise FloatingPointError
+        return loss
+
+
+class Forgiving(Classifier):
+    """Goes on where a step has raised."""
+
+    def __init__(self):
+        super().__init__(optimizer=Nested, lr=0.1)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        with suppress(FloatingPointError):
+            optimizer.step()
+
+
+def test_a_step_within_a_step_is_one_step_and_one_that_raises_is_none(make_trainer):
+    torch.optim.SGD([torch.zeros(1)])  # from now on torch calls the hooks of a step within a step
+    prune = GradualPrune(0.9, begin=0, end=11, every=1, schedule=linear)
+    module, watch, _ = run(make_trainer, prune, Forgiving(), epochs=2)
+    assert prune._clock.steps == [11]
+    total = sum(mask.numel() for mask in prune.masks.values())
+    shares = [round(count / total * 11 / 0.9, 1) for count in watch.history]
+    assert shares == [1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert zeros(module) == expected(module, 0.9)
+
+
 @pytest.mark.parametrize("argument", ["begin", "end", "every"])
 def test_manual_optimization_needs_ints(make_trainer, argument):
     arguments = {"begin": 0, "end": 4, "every": 1, argument: 0.5}
@@ -405,6 +445,27 @@ def test_weights_that_are_computed_are_named(make_trainer):
     nn.utils.parametrizations.weight_norm(module.network[9])
     with pytest.warns(UserWarning, match=r"leaves 'network.9' alone"):
         run(make_trainer, GradualPrune(0.9), module)
+
+
+class Conv1D(nn.Module):
+    """That of transformers: a linear layer of another type."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(n, n)), nn.Parameter(torch.zeros(n))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def test_layers_of_an_unknown_type_are_named_where_they_were_asked_for(make_trainer):
+    def module():
+        return Classifier(nn.Sequential(nn.Flatten(), Conv1D(192), Conv1D(192), nn.Linear(192, 4)))
+
+    names = r"each of 'network.1.weight', 'network.2.weight' alone: the type of its layer, Conv1D"
+    with pytest.warns(UserWarning, match=names):
+        run(make_trainer, GradualPrune(0.9), module())
+    run(make_trainer, GradualPrune({"network.3": 0.9}), module())  # a warning would be an error
 
 
 def test_two_instances_prune_what_each_is_given(make_trainer, tmp_path):

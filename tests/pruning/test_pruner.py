@@ -89,6 +89,11 @@ def test_a_criterion_of_another_shape_changes_nothing(bad):
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
 
 
+def test_a_criterion_that_cannot_be_called_is_named():
+    with pytest.raises(TypeError, match=r"criterion='magnitude': .* such as slimnets.pruning"):
+        prune(small_network(), 0.5, criterion="magnitude")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_precisions(dtype):
     network = small_network().to(dtype)
@@ -101,6 +106,20 @@ def test_one_byte_of_lasting_memory_a_weight():
     pruner = pruner_of(network)
     size = sum(mask.untyped_storage().nbytes() for mask in pruner.pruned.values())
     assert size == sum(p.numel() for p in pruner.parameters.values())
+
+
+def test_only_what_is_named_grows_and_globally_all_or_nothing():
+    network = small_network()
+    pruner = pruner_of(network, 0.5)
+    versions = {name: weights._version for name, weights in pruner.parameters.items()}
+    assert pruner.grow({"7.weight": 0.5})
+    assert zeros(network) == {"0.weight": 0, "3.weight": 0, "7.weight": 4096, "9.weight": 0}
+    pruner.apply(pruner.parameters)  # a graph that is alive sees no change where there is none
+    changed = {n for n, weights in pruner.parameters.items() if weights._version > versions[n]}
+    assert changed == {"7.weight"}
+    together = pruner_of(small_network(), 0.5, scope="global")
+    assert not together.grow({"7.weight": 0.5})
+    assert together.grow(together.targets)
 
 
 def test_masks_are_packed_to_bits_and_come_back():

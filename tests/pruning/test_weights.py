@@ -147,6 +147,37 @@ def test_a_weight_tied_to_an_embedding_is_that_of_an_embedding():
     assert left_alone(network) == {"head": "its weight is that of an embedding"}
 
 
+def test_weights_of_unknown_types_are_named_and_what_is_no_weight_is_not():
+    def holding(kind, **shapes):
+        module = type(kind, (nn.Module,), {})()
+        for name, shape in shapes.items():
+            setattr(module, name, nn.Parameter(torch.randn(shape)))
+        return module
+
+    network = holding("Network", text_projection=(4, 8), logit_scale=(), class_token=(1, 1, 8))
+    network.bilinear = nn.Bilinear(2, 3, 4)
+    network.experts = holding("Experts", up=(2, 4, 8), up_bias=(2, 8))
+    network.attention = holding("Attention", relative_position_bias_table=(49, 4), scale=(4, 1, 1))
+    network.positions = holding("PosEmbedRel", height_rel=(7, 4))
+    network.query = holding("Query", pos_embed=(1, 9, 8), latents=(1, 9, 8))
+    network.norm = nn.LayerNorm((4, 8))
+    network.tied, network.linear = nn.Module(), nn.Linear(4, 8)
+    network.tied.weight = network.linear.weight
+    network.computed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 8))
+    network.later = nn.Module()
+    network.later.weight = nn.UninitializedParameter()
+    assert left_alone(network) == {
+        "text_projection": REASON.format("Network"),
+        "bilinear.weight": REASON.format("Bilinear"),
+        "experts.up": REASON.format("Experts"),
+        "computed": "its weight is computed from other parameters",
+    }
+    assert names(network) == ["linear.weight"]
+
+
+REASON = "the type of its layer, {}, is not known (in an nn.Linear it would be pruned)"
+
+
 @pytest.mark.parametrize(
     ("sparsity", "error", "message"),
     [

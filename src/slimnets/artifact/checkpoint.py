@@ -40,7 +40,10 @@ def convert_checkpoint(
             checkpoint = _loaded(checkpoint)
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping) or not state:
-        raise ArtifactError("not a checkpoint of Lightning: it has no 'state_dict'")
+        raise ArtifactError(
+            "not a checkpoint of Lightning: it has no 'state_dict'; of a state dict alone, pass "
+            "{'state_dict': state}"
+        )
     if network is None:
         network = "student" if "distillation" in checkpoint else ""
     prefix = f"{network}." if network else ""

@@ -105,6 +105,11 @@ def write(path: PathLike, data: bytes) -> None:
         OSError: If that fails; what was at ``path`` is still there.
     """
     target = Path(path).resolve()  # through a symbolic link, as an ordinary write goes
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"path={os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}; make it "
+            "first"
+        )
     beside = target.with_name(f".slimnets-{secrets.token_hex(8)}.tmp")
     try:
         with beside.open("xb") as file:
@@ -132,6 +137,13 @@ def _opened(path: PathLike) -> Iterator[safe_open]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except SafetensorError as error:
+        with open(path, "rb") as start:
+            if start.read(4) == b"PK\3\4":
+                raise ArtifactError(
+                    "not a safetensors file but a zip, as torch.save writes; if it is a checkpoint "
+                    f"of Lightning, call slimnets.convert_checkpoint({os.fspath(path)!r}, file) "
+                    "first, and load that file"
+                ) from None
         raise ArtifactError(f"not a whole safetensors file: {error}") from None
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -41,8 +40,7 @@ from slimnets.distillation.observation import (
     observe,
 )
 from slimnets.distillation.teacher import Teacher, load_weights
-from slimnets.lowrank.modules import restructure
-from slimnets.trainer import copy_averages_anew
+from slimnets.lowrank.modules import follow_state_dict
 
 
 @delegates_to_student
@@ -252,7 +250,7 @@ class DistillationModule(L.LightningModule):
         if student is not None:
             with students_keys(checkpoint):
                 student.on_load_checkpoint(checkpoint)
-        self._restructure(checkpoint["state_dict"])
+        follow_state_dict(self, checkpoint["state_dict"])
         warn_of_changes(checkpoint.get("distillation", {}), self._settings())
 
     def _settings(self) -> dict[str, Any]:
@@ -262,14 +260,6 @@ class DistillationModule(L.LightningModule):
             "loss": name_of(self._loss),
             "teacher": self._teacher.fingerprint(),
         }
-
-    def _restructure(self, state: Mapping[str, Tensor]) -> None:
-        before = list(self.student.modules())
-        shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
-        self.student = restructure(self.student, shapes, prefix="student.")
-        is_fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if is_fitting and before != list(self.student.modules()):
-            copy_averages_anew(self.trainer, self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DistillationModule":
         super()._apply(fn, recurse)

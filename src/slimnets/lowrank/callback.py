@@ -12,13 +12,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from slimnets.inspection.tensorboard import log_summary
-from slimnets.layers import Selectors, compressed_network, replace
+from slimnets.layers import Selectors, compressed_network, paths_in, replace
 from slimnets.lowrank.decompose import Decomposition
 from slimnets.lowrank.factorize import put_pairs
-from slimnets.lowrank.follow import follow_state_dict, paths_in
-from slimnets.lowrank.modules import LowRankPair
+from slimnets.lowrank.modules import LowRankPair, follow_state_dict, pairs_of
 from slimnets.lowrank.plan import Plan, Rank, check_arguments, named_layers, plan
-from slimnets.lowrank.report import call_of, pairs_of, scalars, tell
+from slimnets.lowrank.report import call_of, scalars, tell
 from slimnets.lowrank.swap import check_at, check_run, resolve_at, swap
 from slimnets.trainer import (
     copy_averages_anew,
@@ -36,8 +35,10 @@ class LowRank(L.Callback):
     :func:`slimnets.factorize` does, before weights are restored and optimizers are built. A
     checkpoint decides the structure when it is loaded, in ``fit`` as in ``validate``, ``test`` and
     ``predict``, so that it can be given to a freshly built dense module; without a checkpoint,
-    these evaluate the network as it is. A run that fails or ends before its first optimizer step
-    leaves the layers as they were.
+    these evaluate the network as it is. Without this callback on the Trainer, and in
+    ``load_from_checkpoint``, a dense module does not know the pairs: make a file of the checkpoint
+    with :func:`slimnets.convert_checkpoint`, and :func:`slimnets.load` it. A run that fails or ends
+    before its first optimizer step leaves the layers as they were.
 
     With ``at``, training begins with the dense layers, and they are replaced in the middle of the
     run. Optimizers get the new parameters in the place of the old ones: what they keep of biases
@@ -129,7 +130,7 @@ class LowRank(L.Callback):
         self._run = uuid4().hex
         if self._at is not None:
             check_run(trainer, self._at)
-        todo = self._plan(network)
+        todo = self._plan(pl_module)
         if self._at is None:
             # with energy=, processes whose initial weights differ would come to different ranks
             self._ranks = trainer.strategy.broadcast(todo.ranks)
@@ -202,7 +203,7 @@ class LowRank(L.Callback):
         """Replace the layers, if it is time for ``at``."""
         if self._done or self._step is None or trainer.global_step < self._step:
             return
-        todo = self._plan(compressed_network(pl_module))
+        todo = self._plan(pl_module)
         swap(trainer, pl_module, paths_in(pl_module, todo.ranks), self._decomposition)
         self._done = True
         tell(todo, compressed_network(pl_module))
@@ -277,9 +278,9 @@ class LowRank(L.Callback):
                 replace(pl_module, path, layer)
                 self._done = False
 
-    def _plan(self, network: nn.Module) -> Plan:
+    def _plan(self, pl_module: L.LightningModule) -> Plan:
         return plan(
-            network,
+            pl_module,
             self._r,
             energy=self._energy,
             decomposition=self._decomposition,

@@ -6,9 +6,10 @@ from typing import cast
 
 from torch import nn
 
-from slimnets.layers import Selectors, replace
+from slimnets.layers import Selectors, compressed_network, paths_in, replace
 from slimnets.lowrank.decompose import Decomposition
-from slimnets.lowrank.pair import Layer, LowRankPair, make_dense, make_pair
+from slimnets.lowrank.modules import pairs_of
+from slimnets.lowrank.pair import Layer, make_dense, make_pair
 from slimnets.lowrank.plan import Rank, plan
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,9 @@ def factorize(
     than the arguments is logged; :func:`slimnets.lowrank.plan` tells it beforehand.
 
     Args:
-        model: Changed in place, unless it is itself a layer: then the result is another object.
+        model: A network, a LightningModule or a DistillationModule (its student is factorized);
+            compiled by :func:`torch.compile` or not. It is changed in place, unless it is itself a
+            layer: then the result is another object.
         r: The rank; a fraction of each layer's full rank in (0, 1); or a mapping of globs over
             layer names to either, of which the first that matches counts and the others are left.
         energy: In place of ``r``: the share of the squared singular values that each layer keeps,
@@ -56,7 +59,7 @@ def factorize(
     if todo.left:
         left = "; ".join(f"{row.name!r} ({row.reason})" for row in todo.left)
         log.warning("factorize left %d of %d layers: %s", len(todo.left), len(todo.rows), left)
-    return put_pairs(model, todo.ranks, decomposition)
+    return put_pairs(model, paths_in(model, todo.ranks), decomposition)
 
 
 def put_pairs(
@@ -76,7 +79,8 @@ def merge(model: nn.Module) -> nn.Module:
     """Turn every low-rank pair of ``model`` back into a dense layer that computes the same.
 
     Args:
-        model: Changed in place, unless it is itself a pair: then the result is another object.
+        model: As for :func:`factorize`; changed in place, unless it is itself a pair: then the
+            result is another object.
 
     Returns:
         The model.
@@ -85,8 +89,8 @@ def merge(model: nn.Module) -> nn.Module:
         >>> merge(factorize(nn.Linear(64, 64), r=8))
         Linear(in_features=64, out_features=64, bias=True)
     """
-    pairs = {name: pair for name, pair in model.named_modules() if isinstance(pair, LowRankPair)}
+    pairs = pairs_of(compressed_network(model))
     dense = {name: make_dense(pair) for name, pair in pairs.items()}
-    for name, layer in dense.items():
-        model = replace(model, name, layer)
+    for path, layer in paths_in(model, dense).items():
+        model = replace(model, path, layer)
     return model

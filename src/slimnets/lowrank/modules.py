@@ -1,30 +1,39 @@
 """Networks that are given a low-rank structure, and the pairs it is made of."""
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
+import lightning as L
 import torch
-from torch import nn
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from slimnets.layers import is_parametrized, replace
 from slimnets.lowrank.pair import Layer, empty_dense, empty_pair, kind_of
 from slimnets.lowrank.pair import LowRankPair as LowRankPair
+from slimnets.trainer import copy_averages_anew
 
 
-def replaceable(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and layer of all that is linear, a convolution or a pair; each layer once.
+def pairs_of(network: nn.Module) -> dict[str, LowRankPair]:
+    """The pairs of ``network`` by name."""
+    return {name: m for name, m in network.named_modules() if isinstance(m, LowRankPair)}
 
-    The two layers of a pair are not listed.
+
+def replaceable(network: nn.Module, *others: type[nn.Module]) -> dict[str, nn.Module]:
+    """All that is linear, a convolution, a pair or of the types ``others``, by name; each once.
+
+    The two layers of a pair are not among them.
     """
-    halves: set[int] = set()
-    for name, layer in network.named_modules():
-        if isinstance(layer, LowRankPair):
-            halves.update(id(half) for half in layer)
-            yield name, layer
-        elif isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) and id(layer) not in halves:
-            yield name, layer
+    kinds: tuple[type[nn.Module], ...]
+    kinds = (LowRankPair, nn.Linear, nn.modules.conv._ConvNd, *others)
+    halves = {id(half) for pair in pairs_of(network).values() for half in pair}
+    return {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, kinds) and id(layer) not in halves
+    }
 
 
 def refusal(layer: nn.Module) -> str:
@@ -72,12 +81,29 @@ def restructure(
     """
     changes = {
         name: new
-        for name, layer in replaceable(network)
+        for name, layer in replaceable(network).items()
         if (new := _described(layer, shapes, f"{prefix}{name}." if name else prefix)) is not None
     }
     for name, new in changes.items():
         network = replace(network, name, new)
     return network
+
+
+def follow_state_dict(
+    pl_module: L.LightningModule, state_dict: Mapping[str, Any], prefix: str = "", *_: Any
+) -> None:
+    """Give ``pl_module`` the structure of ``state_dict``, which is about to be loaded.
+
+    A hook for ``register_load_state_dict_pre_hook``. It is copied with the module, so that averaged
+    copies follow their own state.
+    """
+    shapes = {key: value.shape for key, value in state_dict.items() if isinstance(value, Tensor)}
+    before = list(pl_module.modules())
+    restructure(pl_module, shapes, prefix)
+    trainer = pl_module._trainer
+    is_fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    if is_fitting and before != list(pl_module.modules()):
+        copy_averages_anew(pl_module.trainer, pl_module)
 
 
 def _described(

@@ -3,13 +3,14 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from types import MethodType
 from typing import TypeAlias, cast
 
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from slimnets.layers import Selector, Selectors, as_selectors, assign, without
+from slimnets.layers import Selector, Selectors, as_selectors, assign, compressed_network, without
 from slimnets.lowrank.decompose import (
     Decomposition,
     as_matrix,
@@ -17,7 +18,7 @@ from slimnets.lowrank.decompose import (
     rank_for_energy,
     rank_for_fraction,
 )
-from slimnets.lowrank.modules import LowRankPair, refusal
+from slimnets.lowrank.modules import LowRankPair, refusal, replaceable
 
 Rank: TypeAlias = int | float
 """A rank, or a fraction of the layer's full rank in (0, 1)."""
@@ -28,7 +29,7 @@ class Row:
     """What becomes of one layer.
 
     Attributes:
-        name: Its name in the network.
+        name: Its name in the compressed network.
         kind: Its type.
         rank: The rank of the pair that takes its place; None if it is left as it is.
         before: Number of weights, biases not counted.
@@ -106,15 +107,16 @@ def plan(
         [('0', 8, 1024, ''), ('1', None, 256, 'rank 8 is not below its full rank of 4')]
     """
     selectors = check_arguments(r, energy, decomposition, exclude)
-    layers = named_layers(model)
+    network = compressed_network(model)
+    layers = named_layers(network)
     chosen = without(layers, selectors)
     ranks = assign(r, layers, "r") if isinstance(r, Mapping) else dict.fromkeys(layers, r)
-    holders, inside = _holders(model), _inside_attention(model)
+    holders, inside, beside = _holders(network), _inside_attention(network), _beside_tree(model)
     rows = []
     for name, layer in layers.items():
         kind, weights = type(layer).__name__, _count(layer)
         asked = "excluded" if name not in chosen else "" if name in ranks else "not in r"
-        reason = asked or _reason_to_leave(layer, holders, inside)
+        reason = asked or _reason_to_leave(layer, holders, inside, beside)
         rank = None
         if not reason:
             weight = cast(Tensor, layer.weight).detach()
@@ -161,27 +163,14 @@ def check_arguments(
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers a user may have in mind: what can be factorized, and what is named as left."""
-    kinds = (
-        LowRankPair,
-        nn.Linear,
-        nn.Bilinear,
-        nn.modules.conv._ConvNd,
-        nn.RNNBase,
-        nn.RNNCellBase,
-        nn.MultiheadAttention,
-    )
-    found: dict[str, nn.Module] = {}
-    halves: set[int] = set()
-    for name, layer in model.named_modules():
-        if isinstance(layer, LowRankPair):
-            halves.update(id(half) for half in layer)
-        if isinstance(layer, kinds) and id(layer) not in halves:
-            found[name] = layer
-    return found
+    return replaceable(model, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 def _reason_to_leave(
-    layer: nn.Module, holders: Mapping[int, Mapping[str, nn.Module]], inside: Collection[int]
+    layer: nn.Module,
+    holders: Mapping[int, Mapping[str, nn.Module]],
+    inside: Collection[int],
+    beside: Mapping[int, str],
 ) -> str:
     if isinstance(layer, LowRankPair):
         return f"already a pair of rank {layer.rank}"
@@ -189,6 +178,8 @@ def _reason_to_leave(
         return reason
     if id(layer) in inside:
         return "nn.MultiheadAttention reads its weight"
+    if id(layer) in beside:
+        return f"it is also held in {beside[id(layer)]}, outside of the module tree"
     for parameter in layer.parameters():
         if parameter.is_meta:
             return "it is on the meta device and has no values yet"
@@ -210,6 +201,26 @@ def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
 def _inside_attention(model: nn.Module) -> set[int]:
     attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     return {id(child) for module in attention for child in module.children()}
+
+
+def _beside_tree(model: nn.Module) -> dict[int, str]:
+    """Id of each module that is held outside of the module tree, and the attribute that holds it.
+
+    No pair would take its place there, so that what runs it would train nothing. A layer that is
+    compiled by itself is held so, too, by a method of it.
+    """
+    held: dict[int, str] = {}
+    for module in model.modules():
+        found = [(key, value) for key, value in vars(module).items() if key != "_modules"]
+        seen: set[int] = set()
+        for key, value in found:  # grows by what containers hold
+            one = value.__self__ if isinstance(value, MethodType) else value
+            if isinstance(one, nn.Module) and one is not module:
+                held.setdefault(id(one), f"{type(module).__name__}.{key}")
+            elif isinstance(one, list | tuple | set | dict) and id(one) not in seen:
+                seen.add(id(one))
+                found += [(key, x) for x in (one.values() if isinstance(one, dict) else one)]
+    return held
 
 
 def _resolve(r: Rank | None, full_rank: int) -> int:

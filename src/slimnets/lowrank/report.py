@@ -6,13 +6,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from slimnets.lowrank.pair import LowRankPair
+from slimnets.lowrank.modules import LowRankPair, pairs_of
 from slimnets.lowrank.plan import Plan
-
-
-def pairs_of(network: nn.Module) -> dict[str, LowRankPair]:
-    """The pairs of ``network`` by name."""
-    return {name: m for name, m in network.named_modules() if isinstance(m, LowRankPair)}
 
 
 def scalars(network: nn.Module) -> dict[str, float]:

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from slimnets.inspection.tensorboard import log_masks, log_summary, log_weights
 from slimnets.layers import Selectors, as_selectors, compressed_network
+from slimnets.pruning.clock import Clock
 from slimnets.pruning.criteria import magnitude
 from slimnets.pruning.pruner import Pruner
 from slimnets.pruning.report import (
@@ -19,6 +20,7 @@ from slimnets.pruning.report import (
     warn_at_end,
     warn_at_start,
     warn_of_changes,
+    warn_of_others,
 )
 from slimnets.pruning.schedules import check_schedule, cubic
 from slimnets.pruning.span import Span, Steps, check_span, resolve_span
@@ -26,6 +28,7 @@ from slimnets.pruning.weights import (
     Criterion,
     Scope,
     Sparsity,
+    check_criterion,
     check_scope,
     check_sparsity,
     target_sparsity,
@@ -108,8 +111,7 @@ class GradualPrune(L.Callback):
         check_span(begin, end, every)
         check_scope(scope, sparsity)
         check_schedule(schedule)
-        if not callable(criterion):
-            raise TypeError(f"criterion={criterion!r}: expected a callable of a parameter")
+        check_criterion(criterion)
 
         self.sparsity = sparsity
         self.initial = initial
@@ -120,13 +122,11 @@ class GradualPrune(L.Callback):
         self.exclude = as_selectors(exclude, "exclude")
 
         self._pruner: Pruner | None = None
-        self._span = Span(0, 0, 1)
-        self._steps: list[int] = []  # of each optimizer
-        self._progress: list[float | None] = []  # of each optimizer, at the last update
+        self._clock = Clock(Span(0, 0, 1), [], initial, schedule)
+        self._progress: list[float | None] = []  # of each optimizer, at the last update of all
         self._start = 0  # trainer.global_step at step 0
         self._max_epochs: int | None = None
         self._restored: dict[str, Any] | None = None
-        self._hooks: list[RemovableHandle] = []
         self._unlogged = False
         self._checked = False
         self._is_fitting = False
@@ -146,7 +146,7 @@ class GradualPrune(L.Callback):
     def state_key(self) -> str:
         """Tells two instances on one Trainer apart by the layers that they prune."""
         globs = sorted(self.sparsity) if isinstance(self.sparsity, Mapping) else None
-        return self._generate_state_key(globs=globs, exclude=[spell(one) for one in self.exclude])
+        return self._generate_state_key(globs=globs, exclude=self._excluded())
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and note the length of the run."""
@@ -154,7 +154,7 @@ class GradualPrune(L.Callback):
         self._is_fitting = stage == "fit"
         if self._is_fitting:
             # a callback that has served another run begins anew; a checkpoint is restored later
-            self._pruner, self._restored, self._steps, self._checked = None, None, [], False
+            self._pruner, self._restored, self._checked = None, None, False
             self._max_epochs = trainer.max_epochs
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -167,18 +167,16 @@ class GradualPrune(L.Callback):
         else:
             span = self._resolve(trainer, steps)
         pruner = self._make_pruner(trainer, network)
-        if restored:
+        if restored and restored["masks"]:
             pruner.load_state_dict(restored["masks"])
 
         warn_at_start(network, pruner, self.sparsity)
-        self._pruner, self._span, self._steps, self._progress = pruner, span, list(steps), []
+        self._pruner, self._progress = pruner, []
         self._start = trainer.global_step - max(steps, default=0)
         self._unlogged = True
-        self._unhook()
-        self._hooks = [
-            optimizer.register_step_post_hook(self._after_step(trainer, index))
-            for index, optimizer in enumerate(trainer.optimizers)
-        ]
+        self._clock.stop()
+        self._clock = Clock(span, steps, self.initial, self.schedule)
+        self._clock.start(trainer.optimizers, partial(self._after_step, trainer))
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
@@ -189,8 +187,9 @@ class GradualPrune(L.Callback):
         if not self._checked:
             self._pruner.check_criterion()
             self._checked = True
-        if not any(self._steps):
-            self._grow(trainer)
+        index = trainer.optimizers.index(optimizer)
+        if not self._clock.steps[index]:
+            self._grow(trainer, index)
         self._pruner.mask_gradients()
 
     def on_train_batch_end(
@@ -201,18 +200,21 @@ class GradualPrune(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count what the gradient scaler has skipped, and log."""
-        if pl_module.automatic_optimization and self._steps:
+        """Count what the gradient scaler has skipped, prune what has waited for it, and log."""
+        self._clock.settle()
+        steps = self._clock.steps
+        if pl_module.automatic_optimization and steps:
             # a step that the scaler skips for its infinities runs no hook of the optimizer
-            self._steps[0] = max(self._steps[0], trainer.global_step - self._start)
+            steps[0] = max(steps[0], trainer.global_step - self._start)
+        if any(steps):
             self._grow(trainer)
         self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the target was not reached."""
-        self._unhook()
+        self._clock.stop()
         if self._pruner and not is_fast_dev_run(trainer):
-            warn_at_end(self._pruner, max(self._steps), self._span)
+            warn_at_end(self._pruner, max(self._clock.steps), self._clock.span)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the masks and the weights that are left, averaged weights copied back by now."""
@@ -226,19 +228,35 @@ class GradualPrune(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Leave no hook behind."""
-        self._unhook()
+        self._clock.stop()
         self._restored = None
 
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit a weight, steps, span, and the arguments for comparison."""
         if self._pruner is None:
             return {}
+        span = self._clock.span
         return {
             "arguments": self._arguments(),
-            "steps": list(self._steps),
-            "span": [self._span.begin, self._span.end, self._span.every],
+            "steps": list(self._clock.steps),
+            "span": [span.begin, span.end, span.every],
             "masks": self._pruner.state_dict(),
         }
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the steps of the only GradualPrune that had other globs or another exclude."""
+        states: dict[str, dict[str, Any]] = checkpoint["callbacks"]
+        if not self._is_fitting or self.state_key in states:
+            return
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        kind, known = f"{type(self).__qualname__}{{", {c.state_key for c in callbacks}
+        others = [key for key in states if str(key).startswith(kind) and key not in known]
+        if len(others) == 1:  # the masks are of other layers; the zeros of these are in the weights
+            self.load_state_dict({**states[others[0]], "masks": {}})
+        elif others:
+            warn_of_others(self.state_key, others)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the layers are known, in ``on_train_start``."""
@@ -256,8 +274,11 @@ class GradualPrune(L.Callback):
 
     def _arguments(self) -> dict[str, str]:
         names = ("sparsity", "initial", "begin", "end", "every", "schedule", "criterion", "scope")
-        values = {name: getattr(self, name) for name in names}
-        return {name: spell(value) for name, value in values.items()}
+        values = {name: spell(getattr(self, name)) for name in names}
+        return {**values, "exclude": repr(self._excluded())}
+
+    def _excluded(self) -> list[str]:
+        return [spell(one) for one in self.exclude]
 
     def _make_pruner(self, trainer: L.Trainer, network: nn.Module) -> Pruner:
         parameters, targets = target_sparsity(network, self.sparsity, self.exclude)
@@ -278,15 +299,11 @@ class GradualPrune(L.Callback):
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return [c for c in callbacks if isinstance(c, GradualPrune) and c._pruner is not None]
 
-    def _after_step(self, trainer: L.Trainer, index: int) -> Callable[..., None]:
-        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._steps[index] += 1
-            self._follow(trainer, compressed_network(trainer.lightning_module))
-            self._grow(trainer)
-            assert self._pruner is not None
-            self._pruner.apply(self._pruner.parameters)
-
-        return hook
+    def _after_step(self, trainer: L.Trainer, index: int) -> None:
+        self._follow(trainer, compressed_network(trainer.lightning_module))
+        self._grow(trainer, index)
+        assert self._pruner is not None
+        self._pruner.apply(self._pruner.parameters)
 
     def _follow(self, trainer: L.Trainer, network: nn.Module) -> None:
         """Take up the layers that have replaced others in the middle of the run, if any have."""
@@ -297,38 +314,29 @@ class GradualPrune(L.Callback):
         self._pruner = self._make_pruner(trainer, network)
         self._progress = []  # so that the new weights are pruned at once, as far as is due
 
-    def _grow(self, trainer: L.Trainer) -> None:
-        assert self._pruner is not None
-        progress = [self._span.progress(steps) for steps in self._steps]
+    def _grow(self, trainer: L.Trainer, index: int | None = None) -> None:
+        """Let the masks grow that are due: after a step, those of the weights that it changes.
+
+        Other weights wait for the end of the batch, since a graph through them may still be alive.
+        """
+        progress = self._clock.progress
         if progress == self._progress:
             return
-        self._progress = progress
+        if len(progress) == 1:
+            index = None
+        if index is None:
+            self._progress = progress
         self._unlogged = True  # the target has moved, even where rounding moves no mask
-        if self._pruner.grow(self._due(trainer)):
+        assert self._pruner is not None
+        if self._pruner.grow(self._due(trainer, index)):
             # an average of zeros stays zero, so it is enough to mask the averages here
             for network in averaged_networks(trainer):
                 self._pruner.apply(dict(network.named_parameters(remove_duplicate=False)))
 
-    def _due(self, trainer: L.Trainer) -> dict[str, float]:
-        """The share of zeros that each weight should have by now."""
+    def _due(self, trainer: L.Trainer, index: int | None = None) -> dict[str, float]:
         assert self._pruner is not None
-        owner = {
-            parameter: index
-            for index, optimizer in enumerate(trainer.optimizers)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        shares = [None if p is None else self.schedule(p) for p in self._progress]
-        due = {}
-        for name, parameter in self._pruner.parameters.items():
-            share = shares[owner.get(parameter, 0)]  # frozen weights follow the first optimizer
-            final = self._pruner.targets[name]
-            if share is None:
-                due[name] = 0.0
-            else:  # rounding must not keep the end from being the target
-                between = self.initial + (final - self.initial) * share
-                due[name] = final if share == 1 else between
-        return due
+        parameters, targets = self._pruner.parameters, self._pruner.targets
+        return self._clock.due(parameters, targets, trainer.optimizers, index)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._pruner is not None
@@ -344,8 +352,3 @@ class GradualPrune(L.Callback):
         figures = scalars(self._pruner, self._due(trainer))
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=logged_step(trainer))
-
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []

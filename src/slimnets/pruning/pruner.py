@@ -15,6 +15,7 @@ from slimnets.pruning.weights import (
     Criterion,
     Scope,
     Sparsity,
+    check_criterion,
     check_scope,
     check_sparsity,
     target_sparsity,
@@ -131,6 +132,10 @@ class Pruner:
     def grow(self, sparsities: Mapping[str, float]) -> bool:
         """Prune the weights of the lowest scores until the shares of zeros are ``sparsities``.
 
+        Args:
+            sparsities: Name to share; weights that are not named are left as they are, and if the
+                scope is global, all of them.
+
         Returns:
             Whether any mask has grown.
 
@@ -141,15 +146,16 @@ class Pruner:
         for names, k in self._quotas(sparsities):
             if k > self._count(names):
                 self._select(names, k)
+                for name in names:
+                    zero_(self.parameters[name].detach(), self.pruned[name])
                 grown = True
-        if grown:
-            self.apply(self.parameters)
         return grown
 
     def apply(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Set the pruned weights to zero, in ``parameters`` that may be a copy of the network's."""
         for name, mask in self.pruned.items():
-            zero_(parameters[name].detach(), mask.to(parameters[name].device))
+            # .data, since to write zeros where there are zeros must not break a backward to come
+            zero_(parameters[name].data, mask.to(parameters[name].device))
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, so that norms are those of the live ones."""
@@ -160,9 +166,11 @@ class Pruner:
 
     def _quotas(self, sparsities: Mapping[str, float]) -> list[tuple[list[str], int]]:
         """Which weights are chosen from together, and how many of them."""
-        sizes = {name: weights.numel() for name, weights in self.parameters.items()}
+        sizes = {name: self.parameters[name].numel() for name in sparsities}
         if self.scope == "global":
-            return [(list(sizes), round(min(sparsities.values()) * sum(sizes.values())))]
+            if len(sizes) < len(self.parameters):
+                return []
+            return [(list(sizes), round(min(sparsities.values()) * self.total))]
         return [([name], round(sparsities[name] * size)) for name, size in sizes.items()]
 
     def _count(self, names: list[str]) -> int:
@@ -226,9 +234,11 @@ def prune(
     """
     check_sparsity(sparsity)
     check_scope(scope, sparsity)
+    check_criterion(criterion)
     parameters, targets = target_sparsity(compressed_network(model), sparsity, exclude)
     pruner = Pruner(parameters, targets, criterion, scope)
     pruner.grow(targets)
+    pruner.apply(parameters)
     return {name: ~pruned for name, pruned in pruner.pruned.items()}
 
 

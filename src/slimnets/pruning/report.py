@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from slimnets.layers import glob_matches
 from slimnets.pruning.pruner import Pruner
 from slimnets.pruning.span import Span
 from slimnets.pruning.weights import Sparsity, left_alone
@@ -27,8 +28,13 @@ def overall(pruners: Sequence[Pruner]) -> float:
 
 def warn_at_start(network: nn.Module, pruner: Pruner, sparsity: Sparsity) -> None:
     """Name what is left alone, and what begins sparser than it is to end."""
+    alone: dict[str, list[str]] = {}
     for name, reason in left_alone(network).items():
-        rank_zero_warn(f"GradualPrune leaves {name!r} alone: {reason}")
+        if not isinstance(sparsity, Mapping) or any(glob_matches(name, g) for g in sparsity):
+            alone.setdefault(reason, []).append(repr(name))
+    for reason, names in alone.items():
+        which = names[0] if len(names) == 1 else f"each of {', '.join(names)}"
+        rank_zero_warn(f"GradualPrune leaves {which} alone: {reason}")
     if overfull := pruner.overfull():
         shares = ", ".join(f"{name!r} with {share:.1%}" for name, share in overfull.items())
         rank_zero_warn(
@@ -49,10 +55,19 @@ def warn_at_end(pruner: Pruner, steps: int, span: Span) -> None:
 
 def warn_of_changes(now: Mapping[str, str], before: Mapping[str, str]) -> bool:
     """Name the arguments that differ from those of the checkpoint; whether any do."""
-    changed = [name for name in now if before.get(name) != now[name]]
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
     for name in changed:
         rank_zero_warn(
             f"GradualPrune({name}={now[name]}): the checkpoint was made with "
-            f"{name}={before.get(name)}; going on with {now[name]}, zeros are kept"
+            f"{name}={before[name]}; going on with {now[name]}, zeros are kept"
         )
     return bool(changed)
+
+
+def warn_of_others(state_key: str, others: Sequence[str]) -> None:
+    """Say that it is not known which of the checkpoint's GradualPrune callbacks goes on here."""
+    rank_zero_warn(
+        f"{state_key} begins its schedule anew, zeros are kept: the checkpoint has {len(others)} "
+        f"others that are gone, {', '.join(others)}; to go on with the steps of one, leave the "
+        "globs and exclude of the rest as they were"
+    )

@@ -1,10 +1,13 @@
 """Which weights are pruned, and how many of each."""
 
+import re
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from slimnets.layers import (
     Selectors,
@@ -17,6 +20,9 @@ from slimnets.layers import (
 Criterion: TypeAlias = Callable[[nn.Parameter], Tensor]
 Sparsity: TypeAlias = float | Mapping[str, float]
 Scope: TypeAlias = Literal["layer", "global"]
+
+# in "Type.parameter" of others: tables of biases, positions and tokens, and norms of several axes
+_NO_WEIGHT = re.compile(r"bias|embed|token|norm(\dd)?\.", re.IGNORECASE)
 
 
 def prunable_weights(
@@ -70,15 +76,34 @@ def prunable_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def left_alone(network: nn.Module) -> dict[str, str]:
-    """Name of each layer that a user would expect to be pruned and that is not, and why."""
+    """Name of each layer that a user would expect to be pruned and that is not, and why.
+
+    Where the type of the layer is not known, the name of its weight.
+    """
     embeddings = _of_embeddings(network)
+    known = {id(w) for layer in network.modules() for w in _weights_of(layer).values()} | embeddings
     reasons: dict[str, str] = {}
     for name, layer in network.named_modules():
         if any(is_parametrized(layer, tensor) for tensor in _names_of(layer)):
             reasons[name] = "its weight is computed from other parameters"
         elif any(id(weights) in embeddings for weights in _weights_of(layer).values()):
             reasons[name] = "its weight is that of an embedding"
+        elif not _names_of(layer) and not isinstance(layer, ParametrizationList):
+            kind = type(layer).__name__
+            for key, parameter in layer.named_parameters(recurse=False):
+                if id(parameter) not in known and _is_matrix(f"{kind}.{key}", parameter):
+                    reasons[f"{name}.{key}" if name else key] = (
+                        f"the type of its layer, {kind}, is not known (in an nn.Linear it would "
+                        "be pruned)"
+                    )
     return reasons
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter looks like a weight to prune: no vector, nothing that is broadcast."""
+    if is_lazy(parameter) or parameter.ndim < 2:
+        return False
+    return 1 < len(parameter) < parameter.numel() and not _NO_WEIGHT.search(name)
 
 
 def _of_embeddings(network: nn.Module) -> set[int]:
@@ -138,6 +163,19 @@ def check_scope(scope: str, sparsity: Sparsity) -> None:
         raise ValueError(
             "scope='global' with a mapping as sparsity: a global target is one number; "
             "give one, or scope='layer'"
+        )
+
+
+def check_criterion(criterion: object) -> None:
+    """Raise unless ``criterion`` can be called.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    if not callable(criterion):
+        raise TypeError(
+            f"criterion={criterion!r}: expected a callable of a parameter, such as "
+            "slimnets.pruning.magnitude"
         )
 
 

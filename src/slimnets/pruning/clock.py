@@ -1,0 +1,96 @@
+"""The steps of the optimizers, and how sparse their weights are to be by them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from slimnets.pruning.span import Span
+
+
+class Clock:
+    """Counts the steps of each optimizer.
+
+    Args:
+        span: When masks are updated.
+        steps: Those of each optimizer so far.
+        initial: The share of zeros at the beginning of the span.
+        schedule: From progress to a share of the way from there to the target.
+    """
+
+    def __init__(
+        self,
+        span: Span,
+        steps: Sequence[int],
+        initial: float,
+        schedule: Callable[[float], float],
+    ) -> None:
+        self.span = span
+        self.steps = list(steps)
+        self.initial = initial
+        self.schedule = schedule
+        self._depths: list[int] = []  # of each optimizer, how many calls of step are running
+        self._hooks: list[RemovableHandle] = []
+
+    @property
+    def progress(self) -> list[float | None]:
+        """Of each optimizer, how much of the span has passed; None before it begins."""
+        return [self.span.progress(steps) for steps in self.steps]
+
+    def start(self, optimizers: Sequence[Optimizer], after_step: Callable[[int], None]) -> None:
+        """Count, and call ``after_step`` with the index of the optimizer after every step."""
+        self.settle()
+        for index, optimizer in enumerate(optimizers):
+            before, after = partial(self._enter, index), partial(self._leave, index, after_step)
+            self._hooks.append(optimizer.register_step_pre_hook(before))
+            self._hooks.append(optimizer.register_step_post_hook(after))
+
+    def settle(self) -> None:
+        """Forget steps that have raised; none is running now."""
+        self._depths = [0] * len(self.steps)
+
+    def stop(self) -> None:
+        """Leave no hook behind."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def due(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        targets: Mapping[str, float],
+        optimizers: Sequence[Optimizer],
+        index: int | None = None,
+    ) -> dict[str, float]:
+        """The share of zeros that each weight should have by now, of one optimizer or of all."""
+        owners = {
+            parameter: number
+            for number, optimizer in enumerate(optimizers)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        shares = [None if p is None else self.schedule(p) for p in self.progress]
+        due = {}
+        for name, parameter in parameters.items():
+            owner = owners.get(parameter)
+            if index is not None and owner != index:
+                continue
+            share = shares[owner or 0]  # frozen weights follow the first optimizer
+            if share is None:
+                due[name] = 0.0
+            else:  # rounding must not keep the end from being the target
+                between = self.initial + (targets[name] - self.initial) * share
+                due[name] = targets[name] if share == 1 else between
+        return due
+
+    def _enter(self, index: int, *_: Any) -> None:
+        self._depths[index] += 1
+
+    def _leave(self, index: int, after_step: Callable[[int], None], *_: Any) -> None:
+        # torch calls these hooks again for a super().step() within a step
+        self._depths[index] -= 1
+        self.steps[index] += self._depths[index] == 0
+        after_step(index)
