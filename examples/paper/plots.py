@@ -58,7 +58,9 @@ def plot_lines(path: Path, label: str, lines: Lines, log: bool) -> None:
         if points:
             style = "x:" if name.startswith("the paper") else "o-"
             axes.plot(*zip(*points, strict=True), style, label=name)
-    axes.set(xlabel=label, ylabel="test accuracy, %", xscale="log" if log else axes.get_xscale())
+    axes.set(xlabel=label, ylabel="test accuracy, %")
+    if log:
+        axes.set_xscale("log")
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -75,7 +77,7 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
 
     def draw(file: str, title: str, label: str, lines: Lines, paper: Lines, log: bool) -> None:
         if any(lines.values()):
-            plot_lines(folder / file, label, {**lines, **paper}, log)
+            plot_lines(folder / file, label, {**paper, **lines}, log)
             shown[file] = title
 
     paper: Lines = {

@@ -47,7 +47,8 @@ def smaller(form: str) -> Cell:
 
     def cell(figures: Figures) -> str:
         own = mean(one["files"][form]["bytes"] for one in figures)
-        return f"{own:,.0f} ({figures[0]['dense_bytes'] / own:.3g}x)"
+        times = figures[0]["dense_bytes"] / own
+        return f"{own:,.0f} ({f'{times:.3g}' if times < 1000 else f'{times:,.0f}'}x)"
 
     return cell
 
@@ -73,13 +74,16 @@ def faster(batch: int) -> Cell:
 
 
 def table(results: Results, runs: Iterable[Run], columns: dict[str, Cell]) -> str:
-    """One row for the reference and each run that there is; "" if there is none."""
+    """One row for the reference and each run that there is; "" if no method was applied in any."""
+    runs = list(runs)
+    if not any(results.of(run) for run in runs if run.sparsity or run.rank or run.distilled):
+        return ""
     lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for run in dict.fromkeys([REFERENCE, *runs]):
         if figures := results.of(run):
             cells = " | ".join(cell(figures) for cell in columns.values())
             lines.append(f"| {run.name} | {cells} |")
-    return "\n".join(lines) if len(lines) > 3 else ""
+    return "\n".join(lines)
 
 
 def trained_for(figures: Figures) -> str:
@@ -169,7 +173,8 @@ def targets(results: Results) -> str:
             continue
         gain = 100 * (mean(accuracies(taught)) - mean(accuracies(alone)))
         enough = min(len(alone), len(taught)) > 1
-        spread = max(100 * statistics.stdev(accuracies(one)) for one in (alone, taught) if enough)
+        both = (alone, taught) if enough else ()
+        spread = max((100 * statistics.stdev(accuracies(one)) for one in both), default=0.0)
         add(
             f"{name}, distilled against alone",
             wanted_gain,
@@ -187,6 +192,7 @@ def commands(results: Results) -> str:
         if figures[0]["run"] != REFERENCE.name:
             seeds = max(one["seed"] for one in figures) + 1
             options = {**figures[0]["settings"], "seeds": seeds}
+            options["epochs"] = f"{options['epochs']:g}"
             groups.setdefault(json.dumps(options), []).append(figures)
     lines = []
     for options, runs in groups.items():
