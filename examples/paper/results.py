@@ -193,7 +193,7 @@ def commands(results: Results) -> str:
             seeds = max(one["seed"] for one in figures) + 1
             options = {**figures[0]["settings"], "seeds": seeds}
             options["epochs"] = f"{options['epochs']:g}"
-            groups.setdefault(json.dumps(options), []).append(figures)
+            groups.setdefault(json.dumps(options, sort_keys=True), []).append(figures)
     lines = []
     for options, runs in groups.items():
         names = [figures[0]["run"] for figures in runs]
