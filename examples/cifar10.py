@@ -29,10 +29,17 @@ from slimnets import DistillationModule, GradualPrune, LowRank
 FOLDER = Path("lightning_logs")
 
 
+def sgd(parameters: Iterable[nn.Parameter], learning_rate: float = 0.1) -> torch.optim.SGD:
+    """The paper's optimizer."""
+    return torch.optim.SGD(
+        parameters, learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+
+
 class Classifier(L.LightningModule):
     """A network that is trained alone."""
 
-    def __init__(self, network: nn.Module, optimizer: Callable[..., dict[str, Any]]) -> None:
+    def __init__(self, network: nn.Module, optimizer: Callable[..., Any] = sgd) -> None:
         super().__init__()
         self.network, self.optimizer = network, optimizer
 
@@ -49,19 +56,17 @@ class Classifier(L.LightningModule):
         images, labels = batch
         self.log("val/accuracy", (self(images).argmax(1) == labels).float().mean(), prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters())
 
 
-def sgd(learning_rate: float, epochs: int) -> Callable[..., dict[str, Any]]:
+def cosine(learning_rate: float, epochs: int) -> Callable[..., dict[str, Any]]:
     """The paper's optimizer, with a cosine from ``learning_rate`` to zero over the run."""
 
     def make(parameters: Iterable[nn.Parameter]) -> dict[str, Any]:
-        optimizer = torch.optim.SGD(
-            parameters, learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
-        )
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-        return {"optimizer": optimizer, "lr_scheduler": cosine}
+        optimizer = sgd(parameters, learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     return make
 
@@ -99,7 +104,7 @@ def main() -> None:
     L.seed_everything(0)
     data = CIFAR10(args.data_dir, args.batch_size, args.held_out)
     epochs = 1 if args.fast else args.epochs
-    optimizer = sgd(args.learning_rate, epochs)
+    optimizer = cosine(args.learning_rate, epochs)
     settings: dict[str, Any] = {"precision": args.precision, "enable_model_summary": False}
     if args.fast:
         settings |= dict.fromkeys(("limit_train_batches", "limit_val_batches"), 4)

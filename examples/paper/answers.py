@@ -3,7 +3,9 @@
 On a CPU its forward pass costs a hundred times what a small student's step does.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,9 @@ class AnsweredCIFAR10(CIFAR10):
     """CIFAR-10 with an answer to each image, taken to hold for all its augmentations.
 
     Args:
-        folder: Where answers are kept, a file for each augmentation: what is there is not asked
-            again, whichever images are held out.
+        folder: Where answers are kept, below a folder of their own for each teacher and set of
+            images, a file for each augmentation: what is there is not asked again, whichever images
+            are held out.
         versions: How many augmentations of an image the answer is the mean of.
         data: As for :class:`data.CIFAR10`.
     """
@@ -50,12 +53,15 @@ class AnsweredCIFAR10(CIFAR10):
 
     def ask(self, network: nn.Module) -> None:
         """Have the answers of ``network`` to what was set up, from files or by computing them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = self.folder / digest(
+            [self.whole, self.test.images, *network.state_dict().values()]
+        )
+        folder.mkdir(parents=True, exist_ok=True)
         number = len(self.validation)
-        plain = self.folder / f"{'test' if self.validation is self.test else 'held-out'}-{number}"
+        plain = folder / f"{'test' if self.validation is self.test else 'held-out'}-{number}"
         self.plain = self._remembered(plain, network, lambda: self.validation.images)
         versions = [
-            self._remembered(self.folder / f"version-{v}", network, lambda v=v: self._version(v))
+            self._remembered(folder / f"version-{v}", network, lambda v=v: self._version(v))
             for v in range(self.versions)
         ]
         self.answers = torch.stack(versions).mean(0)[self.held_out :]
@@ -101,3 +107,21 @@ class Answered(Images):
     def __getitems__(self, indices: list[int]) -> Any:
         """A whole batch."""
         return *super().__getitems__(indices), self.answers[indices]
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A short name for the values of ``tensors``."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.numpy(force=True).tobytes())
+    return found.hexdigest()[:12]
+
+
+@cache
+def digest_of_images(data_dir: Path) -> str:
+    """A short name for the images and labels to train and test on."""
+    data = CIFAR10(data_dir, held_out=0)
+    data.prepare_data()
+    data.setup("fit")
+    parts = (data.train, data.test)
+    return digest(tensor for part in parts for tensor in (part.images, part.labels))

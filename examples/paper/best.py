@@ -2,8 +2,13 @@
 
     python examples/paper/best.py --data-dir DIR --reference vgg19.safetensors
 
-prints the accuracy of both on the 10,000 test images, bytes, weights and speed on one thread. It
-was made by the command in ``docs/results.md``.
+prints the accuracy of both on the 10,000 test images, bytes, weights and speed on one thread. The
+file is the int8 one of two trainings, one after the other (FILE and 33 as in ``docs/results.md``)::
+
+    G="python examples/paper/reproduce.py stacked --seeds 1 --answers 2 --device cpu
+        --reference FILE --reference-epochs 33 --data-dir DIR"
+    $G --only resnet10-small-gradual91-distilled --epochs 22
+    $G --only resnet10-small-gradual91-distilled-then-gradual91.2-distilled --epochs 11
 """
 
 import argparse
@@ -18,7 +23,7 @@ import torch
 FOLDER = Path(__file__).parent
 sys.path += map(str, (FOLDER.parent, FOLDER.parent / "benchmarks"))  # the other examples
 
-from cifar10 import Classifier, sgd  # noqa: E402
+from cifar10 import Classifier  # noqa: E402
 from data import CIFAR10  # noqa: E402
 from networks import NETWORKS  # noqa: E402
 from report import report  # noqa: E402
@@ -46,11 +51,12 @@ def main(arguments: list[str] | None = None) -> None:
     load_weights(dense, options.reference)
     compressed = slimnets.load(BEST, NETWORKS[RESIDUAL]())
     data = CIFAR10(options.data_dir, batch_size=500, held_out=0)
+    data.prepare_data()
     data.setup("test")
     data.validation = data.test
     tester = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
     accuracies = [
-        tester.validate(Classifier(network, sgd(0.1, 1)), data, verbose=False)[0]["val/accuracy"]
+        tester.validate(Classifier(network), data, verbose=False)[0]["val/accuracy"]
         for network in (dense, compressed)
     ]
     torch.set_num_threads(1)

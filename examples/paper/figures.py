@@ -1,7 +1,9 @@
 """What the runs gave, read from their JSON."""
 
 import json
+import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,27 @@ mean = statistics.fmean
 
 
 class Results:
-    """The figures of all runs, by run."""
+    """The figures of all runs, by run.
+
+    Raises:
+        SystemExit: If some cannot be compared with others, or none are of the reference.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.found: dict[str, Figures] = {}
         for path in sorted(folder.glob("*-seed*.json")):
             figures = json.loads(path.read_text())
             self.found.setdefault(figures["run"], []).append(figures)
+        if not self.of(REFERENCE):
+            raise SystemExit(
+                f"--folder {folder}: no figures of {REFERENCE.name} there, which all is compared "
+                "with; run reproduce.py first"
+            )
+        everything = [one for figures in self.found.values() for one in figures]
+        _refuse_unequal(everything, ("images", "held_out", "reference", "reference_epochs"), "all")
+        for name, figures in self.found.items():
+            _refuse_unequal(figures, ("epochs", "learning_rate", "answers", "batch_size"), name)
+        self.settings: dict[str, Any] = everything[0]["settings"]
 
     def of(self, run: Run) -> Figures:
         """Of every seed."""
@@ -30,11 +46,47 @@ class Results:
         """The accuracy of the dense network."""
         return mean(accuracies(self.of(REFERENCE)))
 
-    def relative(self, figures: Figures, form: str = "float32") -> str:
+    def relative(self, figures: Figures, form: str = "float32") -> float:
         """Accuracy as a share of the dense network's."""
-        return f"{mean(accuracies(figures, form)) / self.reference:.1%}"
+        return mean(accuracies(figures, form)) / self.reference
+
+    def trained_for(self, figures: Figures) -> str:
+        """Epochs, marked if they are more than those of the reference, and seeds."""
+        epochs = figures[0]["epochs"]
+        mark = "*" if epochs > self.of(REFERENCE)[0]["epochs"] else ""
+        return f"{epochs:g}{mark}, {len(figures)}"
 
 
 def accuracies(figures: Figures, form: str = "float32") -> list[float]:
     """One for each seed, in [0, 1]."""
     return [one["files"][form]["accuracy"] for one in figures]
+
+
+def speed(figures: Figures, batch: int) -> float:
+    """Times as fast as the dense network, over the seeds that were timed; nan if none was."""
+    timed = [
+        one["speed"][str(batch)]["times_as_fast"]["median"] for one in figures if "speed" in one
+    ]
+    return statistics.median(timed) if timed else math.nan
+
+
+def effort(runs: Iterable[Figures]) -> str:
+    """How many epochs and seeds were spent on each of ``runs``."""
+    everything = [figures for figures in runs if figures]
+
+    def spelled(values: list[float], what: str) -> str:
+        least, most = min(values), max(values)
+        return f"{least:g} {what}" if least == most else f"{least:g} to {most:g} {what}"
+
+    epochs = spelled([figures[0]["epochs"] for figures in everything], "epochs")
+    return f"{epochs}, {spelled([len(figures) for figures in everything], 'seeds')}"
+
+
+def _refuse_unequal(everything: Figures, keys: Iterable[str], what: str) -> None:
+    for key in keys:
+        values = {one["settings"].get(key) for one in everything}
+        if len(values) > 1:
+            raise SystemExit(
+                f"figures of {what} with unequal {key} cannot be compared: "
+                f"{sorted(map(str, values))}; give each a folder of its own"
+            )

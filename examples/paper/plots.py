@@ -1,15 +1,31 @@
 """Pictures of what the runs gave, with the paper's figures in them."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from figures import Results, accuracies, mean
+from figures import Results, effort, mean
 from matplotlib.figure import Figure
-from runs import RANKS, REFERENCE, SMALL, SPARSITIES, STUDENTS, WAYS, Run, factorized, pruned
+from runs import (
+    HEADLINE,
+    RANKS,
+    REFERENCE,
+    SMALL,
+    SPARSITIES,
+    STUDENTS,
+    WAYS,
+    Run,
+    factorized,
+    pruned,
+)
 
 Lines = dict[str, list[tuple[Any, float]]]
 
+LABEL = "accuracy, of the dense VGG-19's"
+BYTES = "bytes of the file"
+LEAST = 0.6  # of the accuracy, in the picture of all runs
+NEAR: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, -10), "fontsize": 7}
+
+PAPER_DENSE = 92.4  # per cent
 PAPER_GRADUAL = {0.4: (92.22, 89.69), 0.75: (91.57, 89.13), 0.875: (88.82, 86.16)}
 PAPER_STUDENTS = {
     "snn-1k": (76.96, 77.87),
@@ -21,44 +37,53 @@ PAPER_STUDENTS = {
 }
 PAPER_POINTS = {  # bytes of the non-zero weights, and the accuracy relative to the dense network
     "dense": (78.4 * 2**20, 1.0),
-    "pruned": (78.4 * 2**20 / 4, 91.57 / 92.4),
-    "low rank": (32.3 * 2**20, 93.27 / 92.4),
-    "distilled": (78.4 * 2**20 / 20.7, 90.57 / 92.4),
-    "distilled and pruned": (78.4 * 2**20 / 83, 88.69 / 92.4),
+    "pruned": (78.4 * 2**20 / 4, 91.57 / PAPER_DENSE),
+    "low rank": (32.3 * 2**20, 93.27 / PAPER_DENSE),
+    "distilled": (78.4 * 2**20 / 20.7, 90.57 / PAPER_DENSE),
+    "distilled and pruned": (78.4 * 2**20 / 83, 88.69 / PAPER_DENSE),
 }
 
 
-def plot_bytes(results: Results, path: Path) -> None:
-    """Accuracy relative to the dense network against bytes, for every run, and the paper's."""
+def plot_bytes(results: Results, path: Path) -> int:
+    """Accuracy relative to the dense network against bytes, for every run, and the paper's.
+
+    Returns:
+        How many runs are below the picture.
+    """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    shares = [results.relative(figures) for figures in results.found.values()]
     for form, marker in (("float32", "o"), ("int8", "s")):
         points = [
-            (one["files"][form]["bytes"], one["files"][form]["accuracy"] / results.reference)
+            (mean(one["files"][form]["bytes"] for one in figures), results.relative(figures, form))
             for figures in results.found.values()
-            for one in figures
         ]
         axes.scatter(*zip(*points, strict=True), marker=marker, s=18, label=f"slimnets, {form}")
+        if best := results.of(HEADLINE):
+            point = (best[0]["files"][form]["bytes"], results.relative(best, form))
+            axes.annotate(HEADLINE.network, point, **NEAR)
     axes.scatter(
         *zip(*PAPER_POINTS.values(), strict=True), marker="x", color="black", label="the paper"
     )
     for name, point in PAPER_POINTS.items():
-        axes.annotate(name, point, textcoords="offset points", xytext=(4, -10), fontsize=7)
+        axes.annotate(name, point, **NEAR)
     axes.set(xscale="log", xlabel="bytes (the paper's: of the non-zero weights)")
-    axes.set(ylabel="accuracy, of the dense VGG-19's")
-    axes.legend()
+    axes.set(ylabel=LABEL, ylim=(LEAST, None))
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
+    return sum(share < LEAST for share in shares)
 
 
 def plot_lines(path: Path, label: str, lines: Lines, log: bool) -> None:
-    """Accuracy in per cent along ``lines`` of (x, accuracy)."""
+    """Accuracy relative to the dense network along ``lines`` of (x, accuracy)."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
         if points:
-            style = "x:" if name.startswith("the paper") else "o-"
+            joined = len(points) > 1 and not isinstance(points[0][0], str)
+            style = ("x:" if joined else "x") if "the paper" in name else "o-" if joined else "o"
             axes.plot(*zip(*points, strict=True), style, label=name)
-    axes.set(xlabel=label, ylabel="test accuracy, %")
+    axes.set(xlabel=label, ylabel=LABEL)
     if log:
         axes.set_xscale("log")
     axes.legend()
@@ -66,52 +91,77 @@ def plot_lines(path: Path, label: str, lines: Lines, log: bool) -> None:
 
 
 def plots(results: Results, folder: Path) -> dict[str, str]:
-    """Write those that there are runs for, and give what each file shows."""
+    """Write those that there are runs for, and give the caption of each file."""
     folder.mkdir(parents=True, exist_ok=True)
-    plot_bytes(results, folder / "bytes.png")
-    shown = {"bytes.png": "accuracy against bytes"}
-
-    def points(pairs: Iterable[tuple[Any, Run]]) -> list[tuple[Any, float]]:
-        found = [(x, results.of(run)) for x, run in pairs]
-        return [(x, 100 * mean(accuracies(figures))) for x, figures in found if figures]
-
-    def draw(file: str, title: str, label: str, lines: Lines, paper: Lines, log: bool) -> None:
-        if any(lines.values()):
-            plot_lines(folder / file, label, {**paper, **lines}, log)
-            shown[file] = title
-
-    paper: Lines = {
-        "the paper, gradual": [(100 * s, both[0]) for s, both in PAPER_GRADUAL.items()],
-        "the paper, one-shot": [(100 * s, both[1]) for s, both in PAPER_GRADUAL.items()],
+    below = plot_bytes(results, folder / "bytes.png")
+    captions = {
+        "bytes.png": f"Accuracy against bytes, every run: {effort(results.found.values())}; "
+        f"{below} runs below {LEAST:.0%} are not shown"
     }
-    for network in (REFERENCE, SMALL):
+
+    def point(x: Any, run: Run) -> list[tuple[Any, float]]:
+        figures = results.of(run)
+        return [(x, results.relative(figures))] if figures else []
+
+    def size(run: Run) -> float:
+        return mean([one["files"]["float32"]["bytes"] for one in results.of(run)] or [0])
+
+    def draw(
+        file: str, title: str, label: str, runs: dict[str, list[tuple[Any, Run]]], paper: Lines
+    ) -> None:
         lines = {
-            name: points((100 * s, pruned(s, gradual, network)) for s in SPARSITIES)
-            for name, gradual in (("gradual", True), ("one-shot", False))
+            name: [one for pair in pairs for one in point(*pair)] for name, pairs in runs.items()
         }
-        title = f"{network.network}: gradual against one-shot"
-        theirs = paper if network == REFERENCE else {}
-        draw(f"gradual-{network.network}.png", title, "zeros, %", lines, theirs, log=False)
+        if any(lines.values()):
+            plot_lines(folder / file, label, {**paper, **lines}, log=label == BYTES)
+            found = [results.of(run) for pairs in runs.values() for _, run in pairs]
+            captions[file] = f"{title}: {effort(found)}"
 
-        lines = {}
-        for way in WAYS:
-            runs = [factorized(rank, way, network) for rank in RANKS]
-            lines[way] = points(
-                (mean(one["files"]["float32"]["bytes"] for one in results.of(run)), run)
-                for run in runs
-                if results.of(run)
-            )
-        title = f"{network.network}: low rank"
-        draw(f"low-rank-{network.network}.png", title, "bytes of the file", lines, {}, log=True)
-
-    kinds = {"alone": False, "distilled": True}
-    lines = {
-        name: points((student, Run(student, distilled=taught)) for student in STUDENTS)
-        for name, taught in kinds.items()
+    gradual = {
+        f"the paper, {name}": [
+            (100 * s, both[i] / PAPER_DENSE) for s, both in PAPER_GRADUAL.items()
+        ]
+        for i, name in enumerate(("gradual", "one-shot"))
     }
-    paper = {
-        f"the paper, {name}": [(student, both[i]) for student, both in PAPER_STUDENTS.items()]
-        for i, name in enumerate(kinds)
-    }
-    draw("students.png", "students", "student", lines, paper, log=False)
-    return shown
+    low_rank = {"the paper": [PAPER_POINTS["low rank"]]}
+    for network in (REFERENCE, SMALL):
+        kinds = {"gradual": True, "one-shot": False}
+        draw(
+            f"gradual-{network.network}.png",
+            f"Gradual against one-shot pruning of {network.network}",
+            "zeros, %",
+            {
+                name: [(100 * s, pruned(s, kind, network)) for s in SPARSITIES]
+                for name, kind in kinds.items()
+            },
+            gradual if network == REFERENCE else {},
+        )
+        curves: dict[str, list[Run]] = {
+            way: [factorized(rank, way, network) for rank in RANKS] for way in WAYS
+        }
+        if network == REFERENCE:
+            curves["the paper's ranks"] = [factorized("paper")]
+        draw(
+            f"low-rank-{network.network}.png",
+            f"Low rank {network.network}",
+            BYTES,
+            {name: [(size(run), run) for run in runs] for name, runs in curves.items()},
+            low_rank if network == REFERENCE else {},
+        )
+    both = {"alone": False, "distilled": True}
+    draw(
+        "students.png",
+        "Students, alone and distilled",
+        "student",
+        {
+            name: [(student, Run(student, distilled=taught)) for student in STUDENTS]
+            for name, taught in both.items()
+        },
+        {
+            f"the paper, {name}": [
+                (student, pair[i] / PAPER_DENSE) for student, pair in PAPER_STUDENTS.items()
+            ]
+            for i, name in enumerate(both)
+        },
+    )
+    return captions

@@ -1,7 +1,7 @@
 """The paper's tables, trained: one table, several, or all of them.
 
     python examples/paper/reproduce.py all --data-dir DIR --epochs 30 --seeds 3 --device cuda
-    python examples/paper/reproduce.py students --answers 4 --reference vgg19.safetensors
+    python examples/paper/reproduce.py students --reference vgg19.pt --reference-epochs 200
     python examples/paper/results.py                  # tables and plots of what there is
 
 What is finished is not done again, and a run that was interrupted goes on from its last checkpoint.
@@ -16,14 +16,15 @@ from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
 
-FOLDERS = (Path(__file__).parents[1], Path(__file__).parents[1] / "benchmarks")
-sys.path += map(str, FOLDERS)  # the other examples
+EXAMPLES = Path(__file__).parents[1]
+sys.path += map(str, (EXAMPLES, EXAMPLES / "benchmarks"))
 
 import torch  # noqa: E402
+from measure import add_speed  # noqa: E402
 from networks import NETWORKS  # noqa: E402
 from runs import REFERENCE, TABLES, Run  # noqa: E402
-from settings import Settings  # noqa: E402
-from train import add_speed, result  # noqa: E402
+from settings import FOLDER, Settings  # noqa: E402
+from train import result  # noqa: E402
 
 import slimnets  # noqa: E402
 
@@ -31,6 +32,33 @@ import slimnets  # noqa: E402
 def needed(run: Run | None) -> list[Run]:
     """The run, after those that it goes on with."""
     return [*needed(run.of), run] if run else []
+
+
+def train_all(queue: list[tuple[Run, int]], settings: Settings) -> None:
+    """Train runs with their seeds, and say how long the rest will take.
+
+    A run is expected to take as long as those of its network so far; of a network that there was
+    none of yet, as long as their multiplications suggest.
+    """
+    image = torch.zeros(1, 3, 32, 32)
+    macs = {
+        name: slimnets.summarize(NETWORKS[name](), image).total.macs
+        for name in {run.network for run, _ in queue}
+    }
+    spent: dict[str, list[float]] = {}
+    for number, (run, seed) in enumerate(queue, start=1):
+        start = time.time()
+        figures = result(run, seed, settings)
+        spent.setdefault(run.network, []).append(time.time() - start)
+        mean = {name: sum(times) / len(times) for name, times in spent.items()}
+        rate = sum(mean.values()) / sum(macs[name] for name in mean)
+        rest = sum(mean.get(one.network, rate * macs[one.network]) for one, _ in queue[number:])
+        print(
+            f"{run.name}, seed {seed}: {figures['files']['float32']['accuracy']:.2%} after "
+            f"{figures['epochs']:g} epochs; {len(queue) - number} runs and about "
+            f"{rest / 60:.0f} minutes left",
+            flush=True,
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,10 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("tables", nargs="+", choices=[*TABLES, "all"])
     add("--only", nargs="+", default=["*"], metavar="GLOB", help="of the tables' runs, by name")
-    add("--folder", type=Path, default=Path("paper"), help="of the results")
+    add("--folder", type=Path, default=FOLDER, help="of the results")
     add("--data-dir", type=Path, default=Path("data"), help="of images, or for the download")
     add("--epochs", type=float, default=15, help="of each run; 0.5: of half the images")
-    add("--reference-epochs", type=int, default=30, help="of the dense VGG-19")
+    add("--reference-epochs", type=int, help="of the dense VGG-19, 30 unless it is from a file")
     add("--reference", type=Path, help="file of the dense VGG-19's weights, so as not to train it")
     add("--seeds", type=int, default=3)
     add(
@@ -57,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--answers",
         type=int,
         default=0,
-        help="augmentations to ask the teacher about, once, not anew at every step",
+        help="on a CPU: augmentations to ask the teacher about, once, not anew at every step",
     )
     add("--batch-size", type=int, default=128)
     add("--learning-rate", type=float, help="of all, to compare some on --held-out images")
@@ -66,6 +94,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("--time-again", action="store_true", help="measure speeds anew, with nothing else running")
     add("--batches", type=int, help="a limit for each epoch, to see that everything runs")
     options = parser.parse_args(arguments)
+    if options.reference_epochs is None:
+        if options.reference:
+            parser.error("--reference: say by --reference-epochs how long it was trained")
+        options.reference_epochs = 30
     settings = Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)})
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", ".*does not have many workers")
@@ -80,24 +112,12 @@ def main(arguments: list[str] | None = None) -> None:
     queue = [(run, seed) for seed in range(options.seeds) for run in runs if run != REFERENCE]
     left = [one for one in queue if not settings.path(*one).exists()]
     print(f"{len(queue) - len(left)} of {len(queue)} runs are finished", flush=True)
+    for run, seed in set(queue) - set(left):
+        epochs = result(run, seed, settings)["settings"]["epochs"]
+        if epochs != settings.epochs:
+            print(f"{run.name}, seed {seed}, stays as it is, trained with --epochs {epochs:g}")
     result(REFERENCE, 0, settings)
-    image = torch.zeros(1, 3, 32, 32)
-    macs = {
-        name: slimnets.summarize(NETWORKS[name](), image).total.macs
-        for name in {run.network for run, _ in left}
-    }
-    start = time.time()
-    for number, (run, seed) in enumerate(left, start=1):
-        figures = result(run, seed, settings)
-        done, rest = (
-            sum(macs[one.network] for one, _ in part) for part in (left[:number], left[number:])
-        )
-        print(
-            f"{run.name}, seed {seed}: {figures['files']['float32']['accuracy']:.2%} after "
-            f"{figures['epochs']:g} epochs; {len(left) - number} runs and about "
-            f"{(time.time() - start) * rest / done / 60:.0f} minutes left",
-            flush=True,
-        )
+    train_all(left, settings)
     if not settings.batches:
         for run, seed in [(REFERENCE, 0), *queue]:
             add_speed(run, seed, settings, options.time_again)

@@ -4,7 +4,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from answers import digest_of_images
 from runs import REFERENCE, Run
+
+FOLDER = Path("lightning_logs") / "paper"
+"""Where results go, if it is not said."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class Settings:
         """The epochs of one run, without those of the run that it goes on with."""
         return self.reference_epochs if run == REFERENCE else self.epochs
 
-    def learning_rate_of(self, run: Run) -> float:
-        """The largest of the run's cycle."""
+    def learning_rate_of(self, run: Run) -> float | None:
+        """The largest of the run's cycle; None if its weights are read from a file."""
+        if run == REFERENCE and self.reference:
+            return None
         return self.learning_rate or run.learning_rate
 
     def path(self, run: Run, seed: int) -> Path:
@@ -55,4 +61,21 @@ class Settings:
         reference = self.reference.name if self.reference else None
         elsewhere = {"folder", "data_dir", "reference"}
         own = {key: value for key, value in asdict(self).items() if key not in elsewhere}
-        return {**own, "reference": reference}
+        return {**own, "reference": reference, "images": digest_of_images(self.data_dir)}
+
+    def unlike(self, run: Run, before: dict[str, Any]) -> list[str]:
+        """How the settings ``before``, of figures that are there, differ from these for ``run``.
+
+        Other epochs are no difference: those of the runs that others go on with may be others.
+        """
+        now = self.recorded
+        keys = set(now) - {"epochs", "device"}
+        if not run.distilled:
+            keys -= {"answers"}
+        if run == REFERENCE and self.reference:
+            keys = {"reference", "reference_epochs", "images", "held_out"}
+        return [
+            f"{key}={before.get(key)}, now {now[key]}"
+            for key in sorted(keys)
+            if before.get(key) != now[key]
+        ]

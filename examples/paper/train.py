@@ -1,11 +1,12 @@
-"""Train one run, measure what came out, and write its JSON and its network."""
+"""Train one run, and write its network and the JSON of what came out."""
 
+import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from answers import AnsweredCIFAR10
 from cifar10 import Classifier, sgd
 from data import CIFAR10
 from lightning.pytorch.callbacks import ModelCheckpoint
+from measure import accuracy, measured, write
 from networks import NETWORKS, PAPER_RANKS
 from runs import KEPT, REFERENCE, Run
 from settings import Settings
@@ -26,12 +28,6 @@ from slimnets import DistillationModule, ExactResume, GradualPrune, LowRank
 from slimnets.distillation.teacher import load_weights
 from slimnets.resume import last_checkpoint
 
-FORMS: dict[str, torch.dtype | None] = {
-    "float32": None,
-    "float16": torch.float16,
-    "int8": torch.int8,
-}
-
 
 @dataclass
 class History(L.Callback):
@@ -42,7 +38,7 @@ class History(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note it."""
         if not trainer.sanity_checking:
-            self.accuracies.append(_accuracy(trainer.callback_metrics))
+            self.accuracies.append(accuracy(trainer.callback_metrics))
 
     def state_dict(self) -> dict[str, Any]:
         """For a run that is interrupted."""
@@ -62,12 +58,8 @@ def result(run: Run, seed: int, settings: Settings) -> dict[str, Any]:
     path = settings.path(run, seed)
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
-        for key in ("held_out", "learning_rate", "batches"):
-            before, now = found["settings"][key], settings.recorded[key]
-            if before != now:
-                raise ValueError(
-                    f"{path} was made with {key}={before}, now it is {now}; give another folder"
-                )
+        if unlike := settings.unlike(run, found["settings"]):
+            raise ValueError(f"{path} was made with {', '.join(unlike)}; give another folder")
         return found
     settings.folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
@@ -76,16 +68,17 @@ def result(run: Run, seed: int, settings: Settings) -> dict[str, Any]:
     before = result(run.of, seed_of(run.of, seed), settings)["epochs"] if run.of else 0
     figures = {
         "run": run.name,
+        "configuration": asdict(run),
         "seed": seed,
         "epochs": before + settings.epochs_of(run),  # all that its weights have seen
         "learning_rate": settings.learning_rate_of(run),
         "settings": settings.recorded,
         "accuracies": history,
-        **measured(run, network, path.with_suffix(".safetensors"), settings),
+        **measured(run, network, path.with_suffix(".safetensors"), set_up(settings), settings),
         "seconds": time.time() - start,
         "machine": machine("lightning"),
     }
-    _write(path, figures)
+    write(path, figures)
     shutil.rmtree(_checkpoints(run, seed, settings), ignore_errors=True)
     return figures
 
@@ -119,7 +112,9 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
     epochs = settings.epochs_of(run)
     limit = settings.batches or epochs / math.ceil(epochs)
     steps = settings.batches or int(limit * len(data.train_dataloader()))
-    optimizer = one_cycle(settings.learning_rate_of(run), math.ceil(epochs) * steps)
+    largest = settings.learning_rate_of(run)
+    assert largest is not None  # a file of weights is not trained
+    optimizer = one_cycle(largest, math.ceil(epochs) * steps)
     module: L.LightningModule = Classifier(network, optimizer)
     if teacher is not None:
         asked = data.teacher if isinstance(data, AnsweredCIFAR10) else teacher
@@ -145,9 +140,7 @@ def one_cycle(learning_rate: float, steps: int) -> Callable[..., dict[str, Any]]
     """The paper's optimizer, up to ``learning_rate`` and down to zero (arXiv 1708.07120)."""
 
     def make(parameters: Iterable[nn.Parameter]) -> dict[str, Any]:
-        optimizer = torch.optim.SGD(
-            parameters, learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
-        )
+        optimizer = sgd(parameters, learning_rate)
         cycle = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, learning_rate, steps, pct_start=0.15, cycle_momentum=False
         )
@@ -171,84 +164,33 @@ def methods(run: Run, prefix: str = "") -> list[L.Callback]:
     return found
 
 
-def measured(run: Run, network: nn.Module, file: Path, settings: Settings) -> dict[str, Any]:
-    """Sizes, and the accuracy of each form of the file."""
-    data, image = _data(settings), torch.randn(1, 3, 32, 32)
-    tester = L.Trainer(**_trainer_settings(settings))
-    files = {}
-    for form, dtype in FORMS.items():
-        stored = file if dtype is None else file.with_suffix(f".{form}.safetensors")
-        if dtype is not None:
-            slimnets.save(network, stored, dtype=dtype)
-        loaded = slimnets.load(stored, NETWORKS[run.network]()).eval()
-        if settings.device == "cpu":
-            loaded = slimnets.accelerate(loaded, image)
-        (found,) = tester.validate(Classifier(loaded, sgd(0.1, 1)), data, verbose=False)
-        files[form] = {"bytes": stored.stat().st_size, "accuracy": _accuracy(found)}
-    total = slimnets.summarize(network, image).total
-    pickled = file.with_suffix(".pt")
-    torch.save(NETWORKS[REFERENCE.network]().state_dict(), pickled)
-    dense_bytes = pickled.stat().st_size
-    pickled.unlink()
-    return {
-        "files": files,
-        "dense_bytes": dense_bytes,
-        "weights": total.weights,
-        "nonzeros": total.nonzeros,
-        "macs": total.macs,
-        "effective_macs": total.effective_macs,
-    }
-
-
-def add_speed(run: Run, seed: int, settings: Settings, again: bool = False) -> None:
-    """Add to the JSON how many times as fast as the dense network that of the int8 file is.
-
-    Both on one thread, the dense one in eager PyTorch, by batch size; what is there is kept unless
-    it is measured ``again``.
-    """
-    path = settings.path(run, seed)
-    figures = json.loads(path.read_text())
-    if "speed" in figures and not again:
-        return
-    network = slimnets.load(path.with_suffix(".int8.safetensors"), NETWORKS[run.network]()).eval()
-    dense = NETWORKS[REFERENCE.network]().eval()
-    threads, found = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
-    for batch in (1, 64):
-        images = torch.randn(batch, 3, 32, 32)
-        fast = slimnets.accelerate(network, images)
-        timed = slimnets.summarize(fast, images, baseline=dense)
-        found[str(batch)] = timed.ratios["latency"]
-    torch.set_num_threads(threads)
-    _write(path, {**figures, "speed": found})
-
-
-def _write(path: Path, figures: dict[str, Any]) -> None:
-    written = path.with_suffix(".partial")
-    written.write_text(json.dumps(figures, indent=1) + "\n")
-    written.rename(path)
-
-
 def _checkpoints(run: Run, seed: int, settings: Settings) -> Path:
-    epochs = f"{settings.epochs_of(run):g}epochs"  # a cycle of another length cannot go on from it
-    return settings.folder / "checkpoints" / f"{settings.path(run, seed).stem}-{epochs}"
+    wanted = hashlib.sha256(json.dumps(settings.recorded, sort_keys=True).encode())
+    name = f"{settings.path(run, seed).stem}-{wanted.hexdigest()[:8]}"
+    return settings.folder / "checkpoints" / name
 
 
-def _data(settings: Settings, teacher: nn.Module | None = None) -> CIFAR10:
-    given: dict[str, Any] = {
-        "data_dir": settings.data_dir,
-        "batch_size": settings.batch_size,
-        "held_out": settings.held_out,
-    }
-    if settings.answers and teacher is not None:
-        answered = AnsweredCIFAR10(settings.folder / "answers", settings.answers, **given)
-        _set_up(answered, settings)
-        answered.ask(teacher)
-        return answered
-    return _set_up(CIFAR10(**given), settings)
+def _data(settings: Settings, teacher: nn.Module | None) -> CIFAR10:
+    if not settings.answers or teacher is None:
+        return set_up(settings)
+    data = AnsweredCIFAR10(settings.folder / "answers", settings.answers, **_given(settings))
+    _validate_on(data, settings)
+    data.ask(teacher)
+    return data
 
 
-def _set_up(data: CIFAR10, settings: Settings) -> CIFAR10:
+def set_up(settings: Settings) -> CIFAR10:
+    """The images, validated on the test images unless others are held out."""
+    return _validate_on(CIFAR10(**_given(settings)), settings)
+
+
+def _given(settings: Settings) -> dict[str, Any]:
+    names = ("data_dir", "batch_size", "held_out")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _validate_on(data: CIFAR10, settings: Settings) -> CIFAR10:
+    data.prepare_data()
     data.setup("fit")
     if not settings.held_out:
         data.validation = data.test
@@ -264,8 +206,3 @@ def _trainer_settings(settings: Settings) -> dict[str, Any]:
         "logger": False,
         "enable_model_summary": False,
     }
-
-
-def _accuracy(metrics: Mapping[str, Any]) -> float:
-    names = ("val/student_accuracy", "val/accuracy")
-    return float(next(metrics[name] for name in names if name in metrics))

@@ -1,0 +1,109 @@
+"""How large, how accurate and how fast a trained network is."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from cifar10 import Classifier
+from data import CIFAR10
+from networks import NETWORKS
+from runs import REFERENCE, Run
+from settings import Settings
+from shared import machine
+from torch import nn
+
+import slimnets
+
+FORMS: dict[str, torch.dtype | None] = {
+    "float32": None,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+BATCHES = (1, 64)  # that are timed
+
+
+def measured(
+    run: Run, network: nn.Module, file: Path, data: CIFAR10, settings: Settings
+) -> dict[str, Any]:
+    """Sizes, and the accuracy of each form of the file."""
+    image = torch.randn(1, 3, 32, 32)
+    tester = L.Trainer(
+        accelerator=settings.device,
+        devices=1,
+        limit_val_batches=settings.batches,
+        logger=False,
+        enable_model_summary=False,
+    )
+    files = {}
+    for form, dtype in FORMS.items():
+        stored = file if dtype is None else file.with_suffix(f".{form}.safetensors")
+        if dtype is not None:
+            slimnets.save(network, stored, dtype=dtype)
+        loaded = slimnets.load(stored, NETWORKS[run.network]()).eval()
+        if tester.strategy.root_device.type == "cpu":
+            loaded = slimnets.accelerate(loaded, image)
+        (found,) = tester.validate(Classifier(loaded), data, verbose=False)
+        files[form] = {"bytes": stored.stat().st_size, "accuracy": accuracy(found)}
+    total = slimnets.summarize(network, image).total
+    return {
+        "files": files,
+        "dense_bytes": dense_bytes(),
+        "weights": total.weights,
+        "nonzeros": total.nonzeros,
+        "macs": total.macs,
+        "effective_macs": total.effective_macs,
+    }
+
+
+def dense_bytes() -> int:
+    """Those of the reference's file of ``torch.save``, in which its name stands many times."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "dense.pt"
+        torch.save(NETWORKS[REFERENCE.network]().state_dict(), file)
+        return file.stat().st_size
+
+
+def add_speed(run: Run, seed: int, settings: Settings, again: bool = False) -> None:
+    """Add to the JSON how many times as fast as the dense network that of the int8 file is.
+
+    Both on one thread, the dense one in eager PyTorch, by batch size; what is there is kept unless
+    it is measured ``again``.
+    """
+    path = settings.path(run, seed)
+    figures = json.loads(path.read_text())
+    if "speed" in figures and not again:
+        return
+    network = slimnets.load(path.with_suffix(".int8.safetensors"), NETWORKS[run.network]()).eval()
+    dense = NETWORKS[REFERENCE.network]().eval()
+    threads, found = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    for batch in BATCHES:
+        images = torch.randn(batch, 3, 32, 32)
+        fast = slimnets.accelerate(network, images)
+        timed = slimnets.summarize(fast, images, baseline=dense)
+        assert timed.latency and timed.speedup and timed.baseline and timed.baseline.latency
+        found[str(batch)] = {
+            "times_as_fast": asdict(timed.speedup),
+            "seconds": asdict(timed.latency),
+            "dense_seconds": asdict(timed.baseline.latency),
+        }
+    torch.set_num_threads(threads)
+    write(path, {**figures, "speed": {**found, "machine": machine()}})
+
+
+def accuracy(metrics: Mapping[str, Any]) -> float:
+    """Of the student, or of the only network, in [0, 1]."""
+    names = ("val/student_accuracy", "val/accuracy")
+    return float(next(metrics[name] for name in names if name in metrics))
+
+
+def write(path: Path, figures: dict[str, Any]) -> None:
+    """Write JSON, all of it or nothing."""
+    written = path.with_suffix(".partial")
+    written.write_text(json.dumps(figures, indent=1) + "\n")
+    written.rename(path)
