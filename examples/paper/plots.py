@@ -20,7 +20,7 @@ from runs import (
 
 Lines = dict[str, list[tuple[Any, float]]]
 
-LABEL = "accuracy, of the dense VGG-19's"
+LABEL = "accuracy / that of the dense VGG-19"
 BYTES = "bytes of the file"
 LEAST = 0.6  # of the accuracy, in the picture of all runs
 NEAR: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, -10), "fontsize": 7}
@@ -81,7 +81,13 @@ def plot_lines(path: Path, label: str, lines: Lines, log: bool) -> None:
     for name, points in lines.items():
         if points:
             joined = len(points) > 1 and not isinstance(points[0][0], str)
-            style = ("x:" if joined else "x") if "the paper" in name else "o-" if joined else "o"
+            style = (
+                ("x:" if joined else "x")
+                if name.startswith("the paper")
+                else "o-"
+                if joined
+                else "o"
+            )
             axes.plot(*zip(*points, strict=True), style, label=name)
     axes.set(xlabel=label, ylabel=LABEL)
     if log:
@@ -140,7 +146,7 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
             way: [factorized(rank, way, network) for rank in RANKS] for way in WAYS
         }
         if network == REFERENCE:
-            curves["the paper's ranks"] = [factorized("paper")]
+            curves["spatial, the paper's ranks"] = [factorized("paper")]
         draw(
             f"low-rank-{network.network}.png",
             f"Low rank {network.network}",

@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     queue = [(run, seed) for seed in range(options.seeds) for run in runs if run != REFERENCE]
     left = [one for one in queue if not settings.path(*one).exists()]
     print(f"{len(queue) - len(left)} of {len(queue)} runs are finished", flush=True)
-    for run, seed in set(queue) - set(left):
+    for run, seed in (one for one in queue if one not in left):
         epochs = result(run, seed, settings)["settings"]["epochs"]
         if epochs != settings.epochs:
             print(f"{run.name}, seed {seed}, stays as it is, trained with --epochs {epochs:g}")

@@ -1,10 +1,8 @@
 """How everything is trained."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from answers import digest_of_images
 from runs import REFERENCE, Run
 
 FOLDER = Path("lightning_logs") / "paper"
@@ -54,28 +52,3 @@ class Settings:
     def path(self, run: Run, seed: int) -> Path:
         """The JSON of a run; its networks lie beside it."""
         return self.folder / f"{run.name}-seed{seed}.json"
-
-    @property
-    def recorded(self) -> dict[str, Any]:
-        """What the figures depend on, as JSON."""
-        reference = self.reference.name if self.reference else None
-        elsewhere = {"folder", "data_dir", "reference"}
-        own = {key: value for key, value in asdict(self).items() if key not in elsewhere}
-        return {**own, "reference": reference, "images": digest_of_images(self.data_dir)}
-
-    def unlike(self, run: Run, before: dict[str, Any]) -> list[str]:
-        """How the settings ``before``, of figures that are there, differ from these for ``run``.
-
-        Other epochs are no difference: those of the runs that others go on with may be others.
-        """
-        now = self.recorded
-        keys = set(now) - {"epochs", "device"}
-        if not run.distilled:
-            keys -= {"answers"}
-        if run == REFERENCE and self.reference:
-            keys = {"reference", "reference_epochs", "images", "held_out"}
-        return [
-            f"{key}={before.get(key)}, now {now[key]}"
-            for key in sorted(keys)
-            if before.get(key) != now[key]
-        ]

@@ -18,6 +18,7 @@ from data import CIFAR10
 from lightning.pytorch.callbacks import ModelCheckpoint
 from measure import accuracy, measured, write
 from networks import NETWORKS, PAPER_RANKS
+from provenance import recorded, unlike
 from runs import KEPT, REFERENCE, Run
 from settings import Settings
 from shared import machine
@@ -58,8 +59,8 @@ def result(run: Run, seed: int, settings: Settings) -> dict[str, Any]:
     path = settings.path(run, seed)
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
-        if unlike := settings.unlike(run, found["settings"]):
-            raise ValueError(f"{path} was made with {', '.join(unlike)}; give another folder")
+        if others := unlike(run, settings, found["settings"]):
+            raise ValueError(f"{path} was made with {', '.join(others)}; give another folder")
         return found
     settings.folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
@@ -72,7 +73,8 @@ def result(run: Run, seed: int, settings: Settings) -> dict[str, Any]:
         "seed": seed,
         "epochs": before + settings.epochs_of(run),  # all that its weights have seen
         "learning_rate": settings.learning_rate_of(run),
-        "settings": settings.recorded,
+        "distillation": run.distillation,
+        "settings": recorded(settings),
         "accuracies": history,
         **measured(run, network, path.with_suffix(".safetensors"), set_up(settings), settings),
         "seconds": time.time() - start,
@@ -118,7 +120,7 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
     module: L.LightningModule = Classifier(network, optimizer)
     if teacher is not None:
         asked = data.teacher if isinstance(data, AnsweredCIFAR10) else teacher
-        module = DistillationModule(network, asked, optimizer=optimizer)
+        module = DistillationModule(network, asked, optimizer=optimizer, **run.distillation)
 
     history, checkpoints = History(), _checkpoints(run, seed, settings)
     trainer = L.Trainer(
@@ -165,7 +167,7 @@ def methods(run: Run, prefix: str = "") -> list[L.Callback]:
 
 
 def _checkpoints(run: Run, seed: int, settings: Settings) -> Path:
-    wanted = hashlib.sha256(json.dumps(settings.recorded, sort_keys=True).encode())
+    wanted = hashlib.sha256(json.dumps(recorded(settings), sort_keys=True).encode())
     name = f"{settings.path(run, seed).stem}-{wanted.hexdigest()[:8]}"
     return settings.folder / "checkpoints" / name
 

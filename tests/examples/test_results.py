@@ -54,7 +54,7 @@ def results(*folders: Path) -> list[str]:
     """What results.py says, of each folder in turn."""
     program = """
 import sys
-import reproduce, results
+import results
 for folder in sys.argv[1:]:
     try:
         results.main(["--folder", folder, "--out", folder, "--data", "made up"])
