@@ -68,6 +68,14 @@ def test_the_compressed_network_is_found_through_wrappers():
     assert compressed_network(torch.compile(network)) is network
 
 
+def test_a_compressed_network_that_is_no_submodule_is_named():
+    class Wrapper(nn.Module):
+        compressed_network = nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match="compressed_network of Wrapper is a Linear that is none"):
+        paths_in(Wrapper(), {"": 1})
+
+
 def test_layers_of_the_compressed_network_have_paths_in_what_wraps_it():
     network = nn.Sequential(nn.Linear(2, 2))
 

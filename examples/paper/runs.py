@@ -64,7 +64,7 @@ class Run:
         ===================================  ======  ======  ======  ======
         """
         if self.of is not None:
-            return 0.03 if self.network == RESIDUAL else 0.01
+            return 0.01
         if self.network in STUDENTS:
             return 0.03
         return 0.03 if self.distilled else 0.06
@@ -86,11 +86,12 @@ KEPT = {RESIDUAL: ("0",)}
 """Layers that are left dense, by network: the first convolution is small, and all rests on it."""
 
 AT_ONCE = Run(RESIDUAL, sparsity=0.91, distilled=True)
-HEADLINE = Run(RESIDUAL, AT_ONCE, sparsity=0.912, distilled=True)
+HEADLINE = Run(RESIDUAL, AT_ONCE, sparsity=0.916, distilled=True)
 """The combination that is compared with the paper's.
 
-It goes on with the network that was pruned and distilled at once: all its weights may grow again,
-and are pruned anew, a little further (dense-sparse-dense training, arXiv 1607.04381).
+It goes on with the network that was pruned and distilled at once, whose zeros are kept, and is
+pruned a little further. More than a few epochs gain little: after a second cycle of eleven, up to
+0.03, it was at 86.2 % with 91.2 % zeros, 0.1 points better than before.
 """
 
 SMALL = Run("cnn-1k")

@@ -32,9 +32,19 @@ def compressed_network(module: nn.Module) -> nn.Module:
 
 
 def paths_in(module: nn.Module, by_name: Mapping[str, T]) -> dict[str, T]:
-    """``by_name`` with the names that layers of the compressed network have in ``module``."""
-    network = names_of(module, compressed_network(module))[0]
-    return {".".join(filter(None, (network, name))): value for name, value in by_name.items()}
+    """``by_name`` with the names that layers of the compressed network have in ``module``.
+
+    Raises:
+        ValueError: If that network is no submodule of ``module``.
+    """
+    network = compressed_network(module)
+    names = names_of(module, network)
+    if not names:
+        raise ValueError(
+            f"compressed_network of {type(module).__name__} is a {type(network).__name__} that is "
+            "none of its submodules; register it as one"
+        )
+    return {".".join(filter(None, (names[0], name))): value for name, value in by_name.items()}
 
 
 def as_selectors(selectors: Selectors, argument: str) -> tuple[Selector, ...]:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from slimnets.layers import compressed_network
 
@@ -53,7 +54,12 @@ def averaged_networks(trainer: L.Trainer) -> Iterator[nn.Module]:
         average = callback._average_model  # neither callback has a public name for it
         if average is None:
             continue
-        yield compressed_network(getattr(average, "module", average))
+        yield compressed_network(unwrapped(average))
+
+
+def unwrapped(average: nn.Module) -> nn.Module:
+    """The averaged copy of the module, without what ``WeightAveraging`` puts around it."""
+    return average.module if isinstance(average, AveragedModel) else average
 
 
 def copy_averages_anew(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -130,3 +130,11 @@ def test_a_vector_as_long_as_the_batch_is_large_changes_with_it(tmp_path, batch)
     loaded = torch.export.load(path).module()
     inputs = torch.randn(5, 8), torch.randn(5), shift
     torch.testing.assert_close(loaded(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_linear_layer_on_the_width_reads_no_channels():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Linear(8, 5)).eval()
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0.0, 0.0
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(simplified(model, (x,))(x), model(x))

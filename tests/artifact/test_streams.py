@@ -105,11 +105,13 @@ def test_unhuffman_refuses() -> None:
 
 def test_a_reader_gives_what_there_is_and_no_more() -> None:
     reader = Reader("gaps", np.array([1, 255, 255, 3, 9, 255], np.uint8))
-    assert reader.take_gaps(2).tolist() == [1, 255, 255, 3]
-    assert reader.take_gaps(0).size == 0
+    assert reader.take_gaps(2, 6).tolist() == [1, 255, 255, 3]
+    assert reader.take_gaps(0, 0).size == 0
     assert reader.take(1).tolist() == [9]
     with pytest.raises(ArtifactError, match="0 gaps of 1"):
-        reader.take_gaps(1)
+        reader.take_gaps(1, 9)
+    with pytest.raises(ArtifactError, match="1 gaps of 2"):
+        Reader("gaps", np.array([1, 255, 3], np.uint8)).take_gaps(2, 2)
     with pytest.raises(ArtifactError, match="1 bytes of 2 are left"):
         reader.take(2)
     with pytest.raises(ArtifactError, match="1 bytes too many"):

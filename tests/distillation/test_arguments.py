@@ -3,6 +3,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -150,3 +151,11 @@ def test_a_loss_that_is_no_scalar_is_refused(make_trainer, loss) -> None:
     module = DistillationModule(small_network(), small_network(), loss=loss)
     with pytest.raises(TypeError, match=r"loss=.*lambda.*: returned .*, expected a tensor of one"):
         make_trainer(max_epochs=1).fit(module, small_data())
+
+
+def test_numbers_of_numpy_are_kept_as_those_that_a_checkpoint_may_hold() -> None:
+    module = DistillationModule(
+        nn.Linear(2, 2), nn.Linear(2, 2), alpha=np.float64(0.5), temperature=np.float64(2)
+    )
+    kept = (module.hparams["alpha"], module.hparams["temperature"], *module._settings().values())
+    assert not any(isinstance(value, np.generic) for value in kept)

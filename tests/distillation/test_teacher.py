@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import slimnets
 from slimnets.distillation.teacher import Teacher, load_weights
 from tests.support import small_network
 
@@ -110,3 +111,15 @@ def test_a_pickled_network_is_refused(tmp_path) -> None:
 
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
         load_weights(small_network(), tmp_path / "whole.pt")
+
+
+def test_a_file_of_slimnets_save_is_named_as_such(tmp_path) -> None:
+    network = small_network()
+    slimnets.save(network, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="fill the teacher by slimnets"):
+        load_weights(network, tmp_path / "x.safetensors")
+    save_file({"high": torch.ones(1)}, tmp_path / "y.safetensors")
+    with pytest.raises(
+        ValueError, match=r"of this Linear: 3 of 3 names .* differ, 'bias' the first$"
+    ):
+        load_weights(nn.Linear(2, 2), tmp_path / "y.safetensors")

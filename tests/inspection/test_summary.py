@@ -152,6 +152,12 @@ def test_a_lightning_module_brings_its_example() -> None:
     assert summary.rows[0].name == "network.convolution"
 
 
+def test_a_distillation_brings_its_example_where_the_student_has_none() -> None:
+    module = DistillationModule(Net(), Net())
+    module.example_input_array = IMAGES
+    assert summarize(module).total.macs == 2 * 16 * 72 + 2 * 32
+
+
 def test_of_a_distillation_the_student_counts() -> None:
     module = DistillationModule(student=Net(), teacher=nn.Linear(1, 1))
     summary = summarize(module, IMAGES)

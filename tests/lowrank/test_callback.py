@@ -185,6 +185,20 @@ class BuiltInSetup(Classifier):
             self.network.append(nn.Linear(4, 4))
 
 
+class ReplacedInSetup(Classifier):
+    """Its last layer is gone after ``setup``."""
+
+    def setup(self, stage):
+        self.network[9] = nn.Identity()
+
+
+def test_layers_that_the_module_takes_away_in_setup_are_an_error(make_trainer):
+    with pytest.raises(ValueError, match=r"missed .*: network.9; build them in __init__"):
+        make_trainer(max_epochs=1, callbacks=[LowRank(2)]).fit(
+            ReplacedInSetup(), small_data(), small_data(8)
+        )
+
+
 @pytest.mark.parametrize("everything", [True, False])
 def test_layers_that_the_module_builds_in_setup_are_an_error(make_trainer, everything):
     module = BuiltInSetup(everything)

@@ -1,6 +1,7 @@
 """What becomes of each layer, and why; bad arguments."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -205,6 +206,8 @@ BAD = {
     "empty": ({"r": {}}, ValueError, "r={}: expected globs"),
     "in mapping": ({"r": {"*": 0}}, ValueError, r"r\['\*'\]=0: expected"),
     "key": ({"r": {0: 4}}, TypeError, "expected globs over layer names, not 0"),
+    "much too much": ({"energy": 500}, ValueError, r"energy=500: expected [^;]*$"),
+    "infinite": ({"r": math.inf}, ValueError, r"r=inf: expected [^;]*$"),
     "percent": ({"energy": 90}, ValueError, r"energy=90: expected .* did you mean 0\.9\?"),
     "all energy": ({"energy": 1.0}, ValueError, r"energy=1\.0: expected a share"),
     "energy type": ({"energy": "0.9"}, TypeError, "energy='0.9': expected"),

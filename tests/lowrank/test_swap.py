@@ -206,6 +206,26 @@ AVERAGES = {
 }
 
 
+class CalledModule(Classifier):
+    """Keeps its network in ``module``, as AveragedModel does with what it averages."""
+
+    def __init__(self):
+        super().__init__(nn.Identity())
+        self.module = small_network()
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def test_an_average_of_a_module_that_has_one_called_module(make_trainer):
+    module = CalledModule()
+    swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
+    make_trainer(max_epochs=3, callbacks=[LowRank(2, at=9), swa]).fit(
+        module, small_data(), small_data(8)
+    )
+    assert isinstance(module.module[3], LowRankPair)
+
+
 @pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
 @pytest.mark.parametrize("at", [5, 9])
 def test_averages_follow_in_both_orders_and_resume(make_trainer, tmp_path, average, at):

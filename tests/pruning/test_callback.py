@@ -260,10 +260,22 @@ def test_checkpoints_hold_sparse_averages_while_training(make_trainer, tmp_path)
     assert counts[-1] == expected(module, 0.9)
 
 
-def test_stochastic_weight_averaging(make_trainer):
+class CalledModule(Classifier):
+    """Keeps its network in ``module``, as AveragedModel does with what it averages."""
+
+    def __init__(self):
+        super().__init__(nn.Identity())
+        self.module = small_network()
+
+    def forward(self, x):
+        return self.module(x)
+
+
+@pytest.mark.parametrize("kind", [Classifier, CalledModule])
+def test_stochastic_weight_averaging(make_trainer, kind):
     prune = GradualPrune(0.9, end=1.0)
     swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
-    module, *_ = run(make_trainer, prune, callbacks=[swa], epochs=4)
+    module, *_ = run(make_trainer, prune, kind(), callbacks=[swa], epochs=4)
     assert prune._clock.span.end == 24  # not 30: the epoch that SWA adds has no steps
     assert zeros(module) == expected(module, 0.9)
 
@@ -445,6 +457,46 @@ def test_weights_that_are_computed_are_named(make_trainer):
     nn.utils.parametrizations.weight_norm(module.network[9])
     with pytest.warns(UserWarning, match=r"leaves 'network.9' alone"):
         run(make_trainer, GradualPrune(0.9), module)
+
+
+class Tied(Classifier):
+    """Its last layer has the weight of an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(4, 32)
+        self.network[9].weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("exclude", ["network.9", lambda name, layer: layer.out_features == 4])
+def test_what_is_excluded_is_left_alone_without_a_word(make_trainer, exclude):
+    with pytest.warns(UserWarning, match=r"leaves 'network.9' alone"):
+        run(make_trainer, GradualPrune(0.9), Tied())
+    if callable(exclude):
+        choose = exclude
+        exclude = lambda name, layer: isinstance(layer, nn.Linear) and choose(name, layer)  # noqa: E731
+    run(make_trainer, GradualPrune(0.9, exclude=exclude), Tied())  # a warning would be an error
+
+
+def test_without_an_optimizer_it_says_that_nothing_was_pruned(make_trainer):
+    class Without(Manual):
+        def configure_optimizers(self):
+            return []
+
+        def training_step(self, batch, batch_idx):
+            self(batch[0])
+
+    prune = GradualPrune(0.9, begin=0, end=2, every=1)
+    with pytest.warns(UserWarning, match="stopped after 0 optimizer steps"):
+        make_trainer(max_epochs=1, callbacks=[prune]).fit(Without(), small_data(), small_data(8))
+
+
+def test_a_layer_without_weights_is_passed_by(make_trainer):
+    module = Classifier()
+    module.empty = nn.Linear(1, 3)
+    module.empty.weight = nn.Parameter(torch.empty(3, 0))
+    module, *_ = run(make_trainer, GradualPrune(0.9), module)
+    assert zeros(module)["network.9.weight"] == expected(module, 0.9)["network.9.weight"]
 
 
 class Conv1D(nn.Module):

@@ -89,6 +89,16 @@ def test_a_criterion_of_another_shape_changes_nothing(bad):
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
 
 
+def test_a_criterion_that_fails_on_a_later_layer_changes_nothing():
+    network = small_network()
+    network(torch.randn(2, 3, 8, 8)).sum().backward()
+    network[9].weight.grad = None
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(AttributeError):
+        prune(network, 0.5, criterion=lambda p: p.abs() * p.grad.abs())
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+
 def test_a_criterion_that_cannot_be_called_is_named():
     with pytest.raises(TypeError, match=r"criterion='magnitude': .* such as slimnets.pruning"):
         prune(small_network(), 0.5, criterion="magnitude")

@@ -77,11 +77,16 @@ def _remove(
         return 0
     if isinstance(one, nn.Linear) and len(first.meta["shape"]) != 2:
         channels = 0  # the last dimension, unless something was flattened in between
+    if isinstance(one, nn.Conv2d) and isinstance(two, nn.Linear):
+        source = second.args[0]
+        if not isinstance(source, fx.Node) or len(source.meta["shape"]) != 2:
+            channels = 0  # not flattened: the second acts on the width
     if channels == 0 or two.weight.shape[1] % channels:
         return 0
     # of the second layer: (outputs, channels of the first, all else)
     reads = two.weight.detach().reshape(len(two.weight), channels, -1)
-    constant = (one.bias.detach() if one.bias is not None else torch.zeros(channels)).clone()
+    bias = one.bias if one.bias is not None else one.weight.new_zeros(channels)
+    constant = bias.detach().clone()
     for low, high in limits:
         constant = constant.clamp(low, high)
     unread = (reads == 0).all(2).all(0)

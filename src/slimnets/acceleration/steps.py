@@ -118,7 +118,7 @@ class Linear(Step):
 
 @dataclass
 class Pool(Step):
-    """Maximum or sum of a window, times ``scale``; ``None`` as kernel is the whole image."""
+    """Maximum or mean of a window; ``None`` as kernel is the whole image."""
 
     maximum: bool = True
     kernel: tuple[int, int] | None = None

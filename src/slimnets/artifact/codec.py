@@ -265,7 +265,7 @@ def _decode_one(entry: Entry, readers: Mapping[str, Reader]) -> torch.Tensor:
         if (found := np.count_nonzero(where)) != entry.nonzeros:
             raise ArtifactError(f"stream 'masks': {found} values of {entry.nonzeros}")
     elif entry.layout == "gaps":
-        gaps = readers["gaps"].take_gaps(entry.nonzeros)
+        gaps = readers["gaps"].take_gaps(entry.nonzeros, lengths["gaps"])
         cut = readers["low"].take(-(-entry.nonzeros * entry.cut_bits // 8))
         where = positions_of_gaps(gaps, cut, entry.count, entry.nonzeros)
     size, floating = entry.value.itemsize, entry.value.is_floating_point

@@ -162,10 +162,13 @@ class Reader:
         self.at += size
         return self.stream[self.at - size : self.at]
 
-    def take_gaps(self, count: int) -> Bytes:
-        """The next bytes up to the one that ends the ``count``-th gap."""
-        rest = self.stream[self.at :]
-        ends = np.flatnonzero(rest != _ESCAPE)[:count] if count else rest[:0]
+    def take_gaps(self, count: int, most: int) -> Bytes:
+        """The next bytes up to the one that ends the ``count``-th gap, which are ``most`` or fewer.
+
+        Raises:
+            ArtifactError: If fewer gaps end in them.
+        """
+        ends = np.flatnonzero(self.stream[self.at : self.at + most] != _ESCAPE)[:count]
         if ends.size < count:
             raise ArtifactError(f"stream {self.name!r} is short: {ends.size} gaps of {count}")
         return self.take(int(ends[-1]) + 1 if count else 0)

@@ -70,7 +70,8 @@ def logit_regression(student: Any, teacher: Any) -> Tensor:
 
 def check_temperature(temperature: float) -> None:
     """Raise ValueError unless ``temperature`` is a number above 0."""
-    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not (is_number and 0 < temperature < math.inf):
         raise ValueError(f"temperature={temperature!r}: expected a number above 0, such as 4.0")
 
 

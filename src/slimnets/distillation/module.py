@@ -67,10 +67,10 @@ class DistillationModule(L.LightningModule):
     submodule, so that it is in no checkpoint, optimizer or ``parameters()``; it moves to the
     device of the student, and keeps its own precision. It gets a copy of the student's inputs.
 
-    Logged are, below ``train/``, ``val/`` and ``test/``: ``student_loss``, ``distillation_loss``,
-    ``agreement`` (how often both predict the same class), ``student_accuracy`` and
-    ``teacher_accuracy`` (for batches of an input and class indices), and for a plain ``nn.Module``
-    the whole ``loss``.
+    Logged are, below ``train/``, ``val/`` and ``test/``: ``student_loss`` (that of a
+    LightningModule while it trains only), ``distillation_loss``, ``agreement`` (how often both
+    predict the same class), ``student_accuracy`` and ``teacher_accuracy`` (for batches of an input
+    and class indices), and for a plain ``nn.Module`` the whole ``loss``.
 
     Args:
         student: The network to train, the one that other callbacks compress.
@@ -121,6 +121,7 @@ class DistillationModule(L.LightningModule):
         if teacher_weights is not None:
             load_weights(teacher, teacher_weights)
         super().__init__()
+        alpha, temperature = float(alpha), float(temperature)  # NumPy's are in no checkpoint
         self.student = student
         self._teacher = Teacher(teacher)
         self._alpha = alpha

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -85,11 +86,20 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
         if name not in own or name not in state or _shape(own[name]) != _shape(state[name])
     )
     if wrong:
+        hint = ""
+        if Path(path).suffix == ".safetensors" and _is_artifact(path):
+            hint = "; it was written by slimnets.save: fill the teacher by slimnets.load instead"
         raise ValueError(
-            f"teacher_weights={str(path)!r} are not of this {type(network).__name__}: "
-            f"{len(wrong)} of {len(own)} names or shapes differ, {wrong[0]!r} the first"
+            f"teacher_weights={str(path)!r} are not of this {type(network).__name__}: {len(wrong)} "
+            f"of {len(own.keys() | state.keys())} names or shapes differ, {wrong[0]!r} the first"
+            f"{hint}"
         )
     network.load_state_dict(state)
+
+
+def _is_artifact(path: str | Path) -> bool:
+    with safe_open(path, "pt") as file:
+        return "slimnets" in (file.metadata() or {})
 
 
 def _shape(value: Any) -> Any:

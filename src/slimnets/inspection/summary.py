@@ -151,8 +151,9 @@ def summarize(
         _check("baseline", baseline)
         models.append(baseline)
     networks = [compressed_network(one) for one in models]
-    if example_input is None:
-        example_input = getattr(networks[0], "example_input_array", None)
+    for one in (networks[0], model):
+        if example_input is None:
+            example_input = getattr(one, "example_input_array", None)
     if example_input is None:
         return _compare([_counted(network, None) for network in networks])
 

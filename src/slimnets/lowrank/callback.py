@@ -183,7 +183,7 @@ class LowRank(L.Callback):
         layers = named_layers(compressed_network(pl_module))
         late = layers.keys() - self._names
         if trainer.ckpt_path is None:  # a checkpoint may make layers dense again
-            late |= {name for name in self._ranks if not isinstance(layers[name], LowRankPair)}
+            late |= {name for name in self._ranks if not isinstance(layers.get(name), LowRankPair)}
         if late:
             raise ValueError(
                 f"LowRank missed layers that were built after it ran: {', '.join(sorted(late))}; "
@@ -272,7 +272,7 @@ class LowRank(L.Callback):
             self._originals = {}
         present = dict(pl_module.named_modules())
         for path, layer in self._originals.items():
-            if path in present and present[path] is not layer:
+            if isinstance(present.get(path), LowRankPair):  # the module may have put others there
                 # the rest of the module may have been converted meanwhile
                 layer.to(next(present[path].parameters()))
                 replace(pl_module, path, layer)
@@ -292,7 +292,7 @@ class LowRank(L.Callback):
             "r": _plain(self._r),
             "energy": _plain(self._energy),
             "decomposition": self._decomposition,
-            "at": self._at,
+            "at": _plain(self._at),
             "exclude": [spell(one) for one in self._exclude],
         }
 

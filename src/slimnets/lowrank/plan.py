@@ -176,6 +176,8 @@ def _reason_to_leave(
         return f"already a pair of rank {layer.rank}"
     if reason := refusal(layer):
         return reason
+    if not cast(Tensor, layer.weight).numel():
+        return "it has no weights"
     if id(layer) in inside:
         return "nn.MultiheadAttention reads its weight"
     if id(layer) in beside:
@@ -256,6 +258,8 @@ def _check_fraction(value: object, argument: str, wanted: str) -> None:
         raise TypeError(f"{argument}={value!r}: expected {wanted}")
     number = float(value)
     if not 0 < number < 1:
-        meant = number / 100 if argument == "energy" else round(number) if number < 1e6 else 0
+        meant: float = 0
+        if number < (100 if argument == "energy" else 1e6):
+            meant = number / 100 if argument == "energy" else round(number)
         hint = f"; did you mean {meant}?" if number > 1 and meant > 0 else ""
         raise ValueError(f"{argument}={value!r}: expected {wanted}{hint}")

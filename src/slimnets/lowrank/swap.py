@@ -20,6 +20,7 @@ from slimnets.trainer import (
     has_time_limit,
     is_fast_dev_run,
     remaining_steps,
+    unwrapped,
 )
 
 
@@ -100,10 +101,9 @@ def swap(
     for optimizer in trainer.optimizers:
         take_over(optimizer, replaced)
     for callback in averaging_callbacks(trainer):
-        average = callback._average_model
-        if average is None:
+        if callback._average_model is None:
             continue
-        average = getattr(average, "module", average)
+        average = unwrapped(callback._average_model)
         for name, pair in pairs.items():
             # the factors of an averaged weight are not the average of its factors: begin anew
             device = next(average.get_submodule(name).parameters()).device

@@ -170,7 +170,7 @@ class GradualPrune(L.Callback):
         if restored and restored["masks"]:
             pruner.load_state_dict(restored["masks"])
 
-        warn_at_start(network, pruner, self.sparsity)
+        warn_at_start(network, pruner, self.sparsity, self.exclude)
         self._pruner, self._progress = pruner, []
         self._start = trainer.global_step - max(steps, default=0)
         self._unlogged = True
@@ -214,7 +214,7 @@ class GradualPrune(L.Callback):
         """Say so if the target was not reached."""
         self._clock.stop()
         if self._pruner and not is_fast_dev_run(trainer):
-            warn_at_end(self._pruner, max(self._clock.steps), self._clock.span)
+            warn_at_end(self._pruner, max(self._clock.steps, default=0), self._clock.span)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the masks and the weights that are left, averaged weights copied back by now."""

@@ -95,7 +95,7 @@ def _settle(digits: Iterable[Tensor], k: int) -> tuple[int, int]:
     histogram: Tensor | None = None
     for digit in digits:
         counts = torch.bincount(digit + _BINS // 2, minlength=_BINS * 3 // 2)
-        histogram = counts if histogram is None else histogram.add_(counts)
+        histogram = counts if histogram is None else histogram.add_(counts.to(histogram.device))
     assert histogram is not None
     cumulative = histogram.cumsum(0).cpu()
     index = int(torch.searchsorted(cumulative, k))

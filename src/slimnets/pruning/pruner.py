@@ -237,6 +237,7 @@ def prune(
     check_criterion(criterion)
     parameters, targets = target_sparsity(compressed_network(model), sparsity, exclude)
     pruner = Pruner(parameters, targets, criterion, scope)
+    pruner.check_criterion()
     pruner.grow(targets)
     pruner.apply(parameters)
     return {name: ~pruned for name, pruned in pruner.pruned.items()}

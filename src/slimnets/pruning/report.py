@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from slimnets.layers import glob_matches
+from slimnets.layers import Selector, glob_matches, matches
 from slimnets.pruning.pruner import Pruner
 from slimnets.pruning.span import Span
 from slimnets.pruning.weights import Sparsity, left_alone
@@ -26,11 +26,17 @@ def overall(pruners: Sequence[Pruner]) -> float:
     return zeros / sum(pruner.total for pruner in pruners)
 
 
-def warn_at_start(network: nn.Module, pruner: Pruner, sparsity: Sparsity) -> None:
-    """Name what is left alone, and what begins sparser than it is to end."""
+def warn_at_start(
+    network: nn.Module, pruner: Pruner, sparsity: Sparsity, exclude: Sequence[Selector]
+) -> None:
+    """Name what is left alone unasked, and what begins sparser than it is to end."""
     alone: dict[str, list[str]] = {}
+    layers = dict(network.named_modules())
     for name, reason in left_alone(network).items():
-        if not isinstance(sparsity, Mapping) or any(glob_matches(name, g) for g in sparsity):
+        # of a layer of unknown type, it is the weight that is named
+        layer = layers[name if name in layers else name.rpartition(".")[0]]
+        asked = not isinstance(sparsity, Mapping) or any(glob_matches(name, g) for g in sparsity)
+        if asked and not any(matches(name, layer, one) for one in exclude):
             alone.setdefault(reason, []).append(repr(name))
     for reason, names in alone.items():
         which = names[0] if len(names) == 1 else f"each of {', '.join(names)}"

@@ -63,7 +63,7 @@ def prunable_weights(
                     f"layer {name!r} ({type(layer).__name__}) has no weights yet; "
                     "run one batch through the network before pruning it"
                 )
-            if id(parameter) not in out:
+            if parameter.numel() and id(parameter) not in out:
                 out.add(id(parameter))
                 found[f"{name}.{key}" if name else key] = parameter
     return found

@@ -1,0 +1,35 @@
+"""What figures depend on, so that none are taken for those of other settings."""
+
+from dataclasses import asdict
+from typing import Any
+
+from answers import digest_of_images
+from runs import REFERENCE, Run
+from settings import Settings
+
+
+def recorded(settings: Settings) -> dict[str, Any]:
+    """All of it, as JSON."""
+    found = asdict(settings)
+    for elsewhere in ("folder", "data_dir"):
+        del found[elsewhere]
+    found["reference"] = settings.reference.name if settings.reference else None
+    return {**found, "images": digest_of_images(settings.data_dir)}
+
+
+def unlike(run: Run, settings: Settings, before: dict[str, Any]) -> list[str]:
+    """How what was recorded ``before`` for ``run`` differs from ``settings``.
+
+    Other epochs are no difference: runs go on with others that were trained for longer.
+    """
+    now = recorded(settings)
+    keys = set(now) - {"epochs", "device"}
+    if not run.distilled:
+        keys -= {"answers"}
+    if run == REFERENCE and settings.reference:
+        keys = {"reference", "reference_epochs", "images", "held_out"}
+    return [
+        f"{key}={before.get(key)}, now {now[key]}"
+        for key in sorted(keys)
+        if before.get(key) != now[key]
+    ]
