@@ -2,13 +2,11 @@
 
     python examples/paper/best.py --data-dir DIR --reference vgg19.safetensors
 
-prints the accuracy of both on the 10,000 test images, bytes, weights and speed on one thread. The
-file is the int8 one of two trainings, one after the other (FILE and 33 as in ``docs/results.md``)::
+prints the accuracy of both on the 10,000 test images, bytes, weights and speed on one thread. It is
+the int8 file that this made, with FILE and its epochs as in ``docs/results.md``::
 
-    G="python examples/paper/reproduce.py stacked --seeds 1 --answers 2 --device cpu
-        --reference FILE --reference-epochs 33 --data-dir DIR"
-    $G --only resnet10-small-gradual91-distilled --epochs 22
-    $G --only resnet10-small-gradual91-distilled-then-gradual91.2-distilled --epochs 11
+    python examples/paper/reproduce.py stacked --only resnet10-small-gradual91-distilled --epochs 22
+        --seeds 1 --answers 2 --device cpu --reference FILE --reference-epochs 33 --data-dir DIR
 """
 
 import argparse

@@ -6,7 +6,7 @@ from typing import Any
 from figures import Results, effort, mean
 from matplotlib.figure import Figure
 from runs import (
-    HEADLINE,
+    AT_ONCE,
     RANKS,
     REFERENCE,
     SMALL,
@@ -59,9 +59,9 @@ def plot_bytes(results: Results, path: Path) -> int:
             for figures in results.found.values()
         ]
         axes.scatter(*zip(*points, strict=True), marker=marker, s=18, label=f"slimnets, {form}")
-        if best := results.of(HEADLINE):
+        if best := results.of(AT_ONCE):
             point = (best[0]["files"][form]["bytes"], results.relative(best, form))
-            axes.annotate(HEADLINE.network, point, **NEAR)
+            axes.annotate(AT_ONCE.network, point, **NEAR)
     axes.scatter(
         *zip(*PAPER_POINTS.values(), strict=True), marker="x", color="black", label="the paper"
     )

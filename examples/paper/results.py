@@ -16,7 +16,7 @@ from pathlib import Path
 
 from figures import Figures, Results, accuracies, mean, speed
 from plots import plots
-from runs import HEADLINE, REFERENCE, RESIDUAL, SMALL, TABLES, Run
+from runs import AT_ONCE, REFERENCE, RESIDUAL, SMALL, TABLES, Run
 from settings import FOLDER, Settings
 from targets import targets
 
@@ -160,7 +160,7 @@ All is relative to it, and it teaches whatever is distilled{answers}.
   5,000 held-out training images (`examples/paper/runs.py`); other settings are not tuned."""
 
 KEPT_HERE = f"""`examples/paper/{RESIDUAL}.safetensors` is the int8 file of
-`{HEADLINE.name}`, seed 0;
+`{AT_ONCE.name}`, seed 0;
 `python examples/paper/best.py --data-dir DIR --reference FILE` measures it."""
 
 

@@ -4,7 +4,7 @@ import math
 import statistics
 
 from figures import Figures, Results, accuracies, mean, speed
-from runs import HEADLINE, STUDENTS, Run, factorized, pruned
+from runs import AT_ONCE, SMALLER, STUDENTS, Run, factorized, pruned
 
 TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
     ("gradual, 75 %", pruned(0.75), "float32", {"points": 0}),
@@ -18,13 +18,13 @@ TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
     ),
     (
         "combined, first step",
-        HEADLINE,
+        AT_ONCE,
         "int8",
         {"times fewer bytes": 200, "% of the accuracy": 98, "times as fast at batch 1": 5},
     ),
     (
         "combined, the goal",
-        HEADLINE,
+        SMALLER,
         "int8",
         {
             "times fewer bytes": 500,

@@ -134,7 +134,7 @@ def test_runs_and_their_page(tmp_path: Path, images: Path) -> None:
 
 def test_the_network_that_is_kept() -> None:
     file = PAPER / "resnet10-small.safetensors"
-    assert 490 * file.stat().st_size < 82_338_011  # the dense VGG-19's, of torch.save
+    assert 497 * file.stat().st_size < 82_338_011  # the dense VGG-19's, of torch.save
     network = slimnets.load(file, NETWORKS["resnet10-small"]()).eval()
     total = slimnets.summarize(network).total
     assert total.nonzeros < 0.21 * total.weights
