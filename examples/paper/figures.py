@@ -76,10 +76,11 @@ def effort(runs: Iterable[Figures]) -> str:
 
     def spelled(values: list[float], what: str) -> str:
         least, most = min(values), max(values)
-        return f"{least:g} {what}" if least == most else f"{least:g} to {most:g} {what}"
+        numbers = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+        return f"{numbers} {what}{'s' if most != 1 else ''}"
 
-    epochs = spelled([figures[0]["epochs"] for figures in everything], "epochs")
-    return f"{epochs}, {spelled([len(figures) for figures in everything], 'seeds')}"
+    epochs = spelled([figures[0]["epochs"] for figures in everything], "epoch")
+    return f"{epochs}, {spelled([len(figures) for figures in everything], 'seed')}"
 
 
 def _refuse_unequal(everything: Figures, keys: Iterable[str], what: str) -> None:
