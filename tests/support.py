@@ -70,6 +70,17 @@ class Classifier(L.LightningModule):
         return self._optimizer(self.parameters(), **self._arguments)
 
 
+class CalledModule(Classifier):
+    """Keeps its network in ``module``, as AveragedModel does with what it averages."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+        self.module = small_network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
 class Backbone(Classifier):
     """A backbone to be unfrozen in the middle of the run, and a head."""
 

@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def measured(
     }
 
 
+@cache
 def dense_bytes() -> int:
     """Those of the reference's file of ``torch.save``, in which its name stands many times."""
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from slimnets.lowrank import LowRank, LowRankPair, factorize
 from slimnets.lowrank.pair import make_pair
 from slimnets.lowrank.swap import successors, take_over
 from slimnets.trainer import averaged_networks
-from tests.support import Classifier, small_data, small_network
+from tests.support import CalledModule, Classifier, small_data, small_network
 
 # checkpoints lie where the test wants them
 pytestmark = [
@@ -204,17 +204,6 @@ AVERAGES = {
     "mean": WeightAveraging,
     "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1),
 }
-
-
-class CalledModule(Classifier):
-    """Keeps its network in ``module``, as AveragedModel does with what it averages."""
-
-    def __init__(self):
-        super().__init__(nn.Identity())
-        self.module = small_network()
-
-    def forward(self, x):
-        return self.module(x)
 
 
 def test_an_average_of_a_module_that_has_one_called_module(make_trainer):

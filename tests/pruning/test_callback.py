@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from slimnets import GradualPrune, LowRank
 from slimnets.pruning import linear, one_shot, random
-from tests.support import Classifier, small_data, small_network
+from tests.support import CalledModule, Classifier, small_data, small_network
 
 WEIGHTS = ["0.weight", "3.weight", "7.weight", "9.weight"]
 
@@ -258,17 +258,6 @@ def test_checkpoints_hold_sparse_averages_while_training(make_trainer, tmp_path)
         make_trainer, prune, callbacks=[EMAWeightAveraging(decay=0.999), Save()], epochs=3
     )
     assert counts[-1] == expected(module, 0.9)
-
-
-class CalledModule(Classifier):
-    """Keeps its network in ``module``, as AveragedModel does with what it averages."""
-
-    def __init__(self):
-        super().__init__(nn.Identity())
-        self.module = small_network()
-
-    def forward(self, x):
-        return self.module(x)
 
 
 @pytest.mark.parametrize("kind", [Classifier, CalledModule])
