@@ -17,7 +17,8 @@ class Run:
     Attributes:
         network: A key of ``networks.NETWORKS``.
         of: The run whose network this one goes on with; None to begin with random weights.
-        sparsity: The share of zeros at the end; 0 for no pruning.
+        sparsity: The share of zeros at the end, or "tapered", that of :data:`TAPERED` for each
+            layer; 0 for no pruning.
         gradual: Prune gradually over the first three quarters, or all at once at the first step.
         rank: As in ``--rank`` of ``cifar10.py``: a fraction of the full rank, "paper", or None.
         decomposition: Which way convolutions are taken apart.
@@ -26,7 +27,7 @@ class Run:
 
     network: str = "vgg19"
     of: "Run | None" = None
-    sparsity: float = 0.0
+    sparsity: str | float = 0.0
     gradual: bool = True
     rank: str | float | None = None
     decomposition: Decomposition = "spatial"
@@ -37,7 +38,8 @@ class Run:
         """What its files are called."""
         parts = [self.network] if self.of is None else [self.of.name, "then"]
         if self.sparsity:
-            parts.append(f"{'gradual' if self.gradual else 'oneshot'}{100 * self.sparsity:g}")
+            share = self.sparsity if isinstance(self.sparsity, str) else f"{100 * self.sparsity:g}"
+            parts.append(f"{'gradual' if self.gradual else 'oneshot'}{share}")
         if self.rank:
             parts.append(f"{self.decomposition}{self.rank}")
         if self.distilled:

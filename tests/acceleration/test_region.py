@@ -106,18 +106,48 @@ def test_linear(features, lead, density):
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     image=st.tuples(st.integers(4, 17), st.integers(4, 17)),
     batch=st.sampled_from([1, 2, 5]),
-    kind=st.sampled_from(["max", "max ceil", "average", "global"]),
+    kind=st.sampled_from(["max", "max ceil", "average", "global", "global max"]),
     data=st.data(),
 )
 def test_pooling(kernel, stride, image, batch, kind, data):
     padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
-    pool: nn.Module = nn.AdaptiveAvgPool2d(1)
+    pool: nn.Module = nn.AdaptiveMaxPool2d(1) if kind == "global max" else nn.AdaptiveAvgPool2d(1)
     if kind.startswith("max"):
         pool = nn.MaxPool2d(kernel, stride, padding, ceil_mode=kind.endswith("ceil"))
     elif kind == "average":
         pool = nn.AvgPool2d(kernel, stride, padding)
     network = nn.Sequential(thin(nn.Conv2d(3, 5, 3, padding=1), 0.3), pool, nn.ReLU())
     assert_equal(network, torch.randn(batch, 3, *image))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [(2, 3), (8, 9), (7, 22), (6, 32), (4, 51), (5, 75)])
+def test_halving(size, batch):
+    network = nn.Sequential(thin(nn.Conv2d(3, 5, 3, padding=1), 0.3), nn.ReLU6(), nn.MaxPool2d(2))
+    assert_equal(network, 6 * torch.randn(batch, 3, *size))
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool) -> None:
+        super().__init__()
+        self.layer, self.pool = thin(nn.Conv2d(3, 5, 3, padding=1), 0.3), pool
+
+    def forward(self, x):
+        return self.pool(self.layer(x))
+
+
+@pytest.mark.parametrize("pool", [F.adaptive_max_pool2d, F.adaptive_avg_pool2d])
+def test_pooling_to_one_pixel_by_a_function(pool):
+    assert_equal(Pooled(lambda x: pool(x, 1)), torch.randn(2, 3, 9, 7))
+
+
+def test_pooling_with_indices_stays_outside():
+    indices = Pooled(nn.AdaptiveMaxPool2d(1, return_indices=True)), torch.randn(2, 3, 9, 7)
+    with torch.no_grad():
+        graph, _ = in_engine(*indices)
+        expected, result = indices[0](indices[1]), graph(indices[1])
+    torch.testing.assert_close(result[0], expected[0])
+    assert torch.equal(result[1], expected[1])
 
 
 class Block(nn.Module):
@@ -176,20 +206,21 @@ def test_other_batches_and_images_afterwards():
             graph(torch.randn(1, 6, 40, 40))
 
 
-def test_nan_and_infinities_pass_as_in_pytorch():
+@pytest.mark.parametrize("batch", [1, 2])  # single images are pooled in a way of their own
+def test_nan_and_infinities_pass_as_in_pytorch(batch):
     layer = nn.Conv2d(3, 4, 3, padding=1)  # no zero weight: not one product is skipped
     network = nn.Sequential(layer, nn.ReLU(), nn.MaxPool2d(2))
-    x = torch.randn(2, 3, 16, 16)
-    x[0, 1, 3, 3], x[1, 0, 8, 8], x[1, 2, 0, 0] = torch.nan, torch.inf, -torch.inf
+    x = torch.randn(batch, 3, 16, 16)
+    x[0, 1, 3, 3], x[-1, 0, 8, 8], x[-1, 2, 0, 0] = torch.nan, torch.inf, -torch.inf
     with torch.no_grad():
         graph, _ = in_engine(network, x)
         torch.testing.assert_close(graph(x), network(x), rtol=1e-4, atol=1e-4, equal_nan=True)
         layer.weight[:, 0] = 0.0
         graph, _ = in_engine(network, x)
-        found = graph(x)[1]
+        found = graph(x)[-1]
     # the one difference: a weight that is skipped makes no NaN of an infinite input
     assert found[:, 3:6, 3:6].isfinite().all()
-    assert network(x)[1, :, 3:6, 3:6].isnan().any()
+    assert network(x)[-1, :, 3:6, 3:6].isnan().any()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -14,7 +14,7 @@ from zlib import crc32
 
 from numba import njit
 
-from slimnets.acceleration import codes, glue, memory, tile
+from slimnets.acceleration import codes, glue, halve, memory, tile
 from slimnets.acceleration.codes import CONV, EXPORT, IMPORT, KINDS, PHASE, POOL
 from slimnets.acceleration.glue import border, elementwise, phase, pool
 from slimnets.acceleration.memory import arrive, load, load_int, wait
@@ -129,7 +129,9 @@ def _compiled(kernel_version: int) -> Any:
         return njit(nogil=True)(interpret)
 
 
-_SOURCES = b"".join(Path(module.__file__).read_bytes() for module in (codes, glue, memory, tile))
+_SOURCES = b"".join(
+    Path(module.__file__).read_bytes() for module in (codes, glue, halve, memory, tile)
+)
 
 interpret = _compiled(crc32(_SOURCES))
 """Run all steps as thread number ``thread`` of ``threads``, which share arena and barrier.

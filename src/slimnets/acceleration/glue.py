@@ -7,7 +7,10 @@ import numpy as np
 from numba import njit
 
 from slimnets.acceleration.codes import ADD, HALVE, IMPORT, LARGEST
+from slimnets.acceleration.halve import halve_kernel
 from slimnets.acceleration.memory import load, store
+
+_halve4, _halve16 = halve_kernel(4), halve_kernel(16)
 
 
 @njit(nogil=True)
@@ -92,7 +95,15 @@ def _halve(op, lo, hi, arena, thread, threads):
         upper = arena + 4 * (op[1] + op[8] + c * op[9] + 2 * o * row)
         lower = upper + 4 * row
         dst = arena + 4 * (op[2] + op[13] + c * op[14] + o * op[12])
-        for i in range(out_w):
+        done = 0
+        if n == 1:
+            while done + 16 <= out_w:
+                _halve16(upper + 8 * done, lower + 8 * done, dst + 4 * done, lo, hi)
+                done += 16
+            while done + 4 <= out_w:
+                _halve4(upper + 8 * done, lower + 8 * done, dst + 4 * done, lo, hi)
+                done += 4
+        for i in range(done, out_w):
             for s in range(n):
                 j = 2 * i * n + s
                 above = _largest(load(upper, j), load(upper, j + n))

@@ -138,9 +138,20 @@ def _of_pooling(m: nn.Module, source: fx.Node) -> Known | None:
     plain = type(m) is nn.AvgPool2d and not m.ceil_mode and m.divisor_override is None
     if plain and (m.count_include_pad or _pair(m.padding) == (0, 0)):
         return [source], _pool(False, m.kernel_size, m.stride, m.padding), "image"
-    if type(m) is nn.AdaptiveAvgPool2d and _pair(m.output_size) == (1, 1):
-        return [source], _pool(False), "image"
+    if type(m) is nn.AdaptiveMaxPool2d and m.return_indices:
+        return None
+    if type(m) in TO_ONE_PIXEL and _pair(m.output_size) == (1, 1):
+        return [source], _pool(TO_ONE_PIXEL[type(m)]), "image"
     return None
+
+
+TO_ONE_PIXEL: dict[Any, bool] = {
+    nn.AdaptiveMaxPool2d: True,
+    nn.AdaptiveAvgPool2d: False,
+    F.adaptive_max_pool2d: True,
+    F.adaptive_avg_pool2d: False,
+}
+"""Pooling of a whole image, if the size asked for is one pixel, and whether it is the largest."""
 
 
 def _of_call(node: fx.Node) -> Known | None:
@@ -165,9 +176,10 @@ def _of_call(node: fx.Node) -> Known | None:
         return ([source], _clamp(-INFINITY, INFINITY), form) if form else None  # type: ignore[list-item]
     if target is F.max_pool2d and form_of(node.args[0]) == "image":  # type: ignore[arg-type]
         return [node.args[0]], _max_pool(*node.args[1:], **node.kwargs), "image"  # type: ignore[list-item, arg-type]
-    if target is F.adaptive_avg_pool2d and form_of(node.args[0]) == "image":  # type: ignore[arg-type]
+    if target in TO_ONE_PIXEL and form_of(node.args[0]) == "image":  # type: ignore[arg-type]
         source, size = node.args
-        return ([source], _pool(False), "image") if _pair(size) == (1, 1) else None  # type: ignore[list-item]
+        one = _pair(size) == (1, 1) and not any(node.kwargs.values())  # return_indices=False
+        return ([source], _pool(TO_ONE_PIXEL[target]), "image") if one else None  # type: ignore[list-item]
     return None
 
 

@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimnets.acceleration.build import Table, build
+from slimnets.acceleration.build import CACHE_LINE, Table, build
 from slimnets.acceleration.engine import interpret
 from slimnets.acceleration.steps import Shape, Step
 from slimnets.acceleration.threads import together
@@ -43,10 +44,11 @@ class _Plan:
         self.arguments = (steps, inputs, outputs)
         self.inputs = [shape for _, shape in inputs]
         self.tables: dict[tuple[int, int], Table] = {}  # by samples and threads
-        self.arenas: dict[tuple[int, int], list[Any]] = {}
+        self.arenas: dict[tuple[int, int], list[tuple[Any, int]]] = {}  # and their addresses
         self.lock = threading.Lock()
-        self.outputs = self.table(1).outputs
-        self.sizes = [shape.size for shape in (*self.inputs, *self.outputs)]
+        self.outputs, self.products = self.table(1).outputs, self.table(1).products
+        sizes = [shape.size for shape in (*self.inputs, *self.outputs)]
+        self.sample_bytes = 4 * np.array(sizes, np.int64)
 
     def table(self, samples: int, threads: int = 1) -> Table:
         key = samples, threads
@@ -72,8 +74,7 @@ class _Plan:
         seconds: dict[str, float] = {}
         for first, samples in self.pieces(batch):
             table = self.table(samples)
-            memory = _zeros(table.arena + table.scratch)
-            base = int(memory.ctypes.data)
+            _memory, base = _zeros(table.arena + table.scratch)
             at = (base, base + 4 * table.arena, self._addresses(io, first), 0, 0, 1)
             best = [float("inf")] * len(table.ops)
             for _ in range(PROFILE_RUNS):
@@ -87,9 +88,8 @@ class _Plan:
 
     def run(self, batch: int, io: Any, most_threads: int) -> None:
         """Compute all samples; threads share out the samples, or one sample's work if they must."""
-        products = self.table(1).products
-        threads = max(1, min(most_threads, batch * products // PRODUCTS_WORTH_A_THREAD))
-        if batch < threads:
+        threads = max(1, min(most_threads, batch * self.products // PRODUCTS_WORTH_A_THREAD))
+        if batch < threads or threads == 1:
             for first, samples in self.pieces(batch):
                 self._piece(samples, self._addresses(io, first), threads)
             return
@@ -108,10 +108,13 @@ class _Plan:
         table = self.table(samples, threads)
         arenas = self.arenas.setdefault((samples, threads), [])
         try:  # not shared between Python threads; pop and append are atomic
-            memory = arenas.pop()
+            memory, base = arenas.pop()
         except IndexError:
-            memory = _zeros(table.arena + threads * table.scratch)
-        base = int(memory.ctypes.data)
+            memory, base = _zeros(table.arena + threads * table.scratch)
+        if threads == 1:
+            interpret(table.ops, table.floats, base, base + 4 * table.arena, io, 0, 0, 1)
+            arenas.append((memory, base))
+            return
         barrier = np.zeros(16, np.int64)
 
         def job(thread: int, threads: int) -> None:
@@ -119,23 +122,21 @@ class _Plan:
             at = (base, scratch, io, int(barrier.ctypes.data), thread, threads)
             interpret(table.ops, table.floats, *at)
 
-        if threads > 1:
-            together(job, threads)
-        else:
-            job(0, 1)
-        arenas.append(memory)
+        together(job, threads)
+        arenas.append((memory, base))
 
     def _addresses(self, io: Any, first: int) -> Any:
-        return io + 4 * first * np.array(self.sizes, np.int64)
+        return io + first * self.sample_bytes if first else io
 
 
 Run = Callable[[_Plan, int, Any], None]
+Sizes = tuple[tuple[int, ...], ...]
 
 
-def _zeros(floats: int) -> Any:
+def _zeros(floats: int) -> tuple[Any, int]:
+    """Memory, and the address of the first cache line in it."""
     memory = np.zeros(floats + 64 + 16, np.float32)
-    first = -memory.ctypes.data // 4 % 16
-    return memory[first:]  # at a cache line
+    return memory, -(-memory.ctypes.data // CACHE_LINE) * CACHE_LINE
 
 
 class Region(nn.Module):
@@ -161,7 +162,7 @@ class Region(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        self.plans: OrderedDict[tuple[Shape, ...], _Plan | None] = OrderedDict()
+        self.plans: OrderedDict[Sizes, _Plan | None] = OrderedDict()
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,7 +202,7 @@ class Region(nn.Module):
         return seconds
 
     def _plan(self, tensors: Sequence[Any]) -> tuple[_Plan | None, int]:
-        shapes, batches = [], set()
+        sizes, leads = [], set()
         for tensor, port in zip(tensors, self.inputs, strict=True):
             if (
                 not isinstance(tensor, Tensor)
@@ -211,24 +212,27 @@ class Region(nn.Module):
                 return None, 0
             if tensor.dim() < 2 or (not port.features and tensor.dim() != 4):
                 return None, 0
-            size = tensor.shape
-            shapes.append(Shape(size[-1], 1, 1) if port.features else Shape(*size[1:]))
-            batches.add(tuple(size[:-1]) if port.features else (size[0],))
-        if len(batches) != 1 or any(s.size == 0 for s in shapes):
+            cut = -1 if port.features else 1
+            sizes.append(tuple(tensor.shape[cut:]))
+            leads.add(tuple(tensor.shape[:cut]))
+        if len(leads) != 1 or any(0 in size for size in sizes):
             return None, 0
-        return self._plan_for(tuple(shapes)), int(np.prod(batches.pop()))
+        return self._plan_for(tuple(sizes)), prod(leads.pop())
 
-    def _plan_for(self, shapes: tuple[Shape, ...]) -> _Plan | None:
+    def _plan_for(self, sizes: Sizes) -> _Plan | None:
         with self.lock:
-            if shapes in self.plans:
-                self.plans.move_to_end(shapes)
-                return self.plans[shapes]
-            inputs = [(p.value, s) for p, s in zip(self.inputs, shapes, strict=True)]
+            if sizes in self.plans:
+                self.plans.move_to_end(sizes)
+                return self.plans[sizes]
+            inputs = [
+                (port.value, Shape(size[0], *(size[1:] or (1, 1))))
+                for port, size in zip(self.inputs, sizes, strict=True)
+            ]
             try:
                 plan = _Plan(self.steps, inputs, [p.value for p in self.outputs])
             except ValueError:
                 plan = None
-            self.plans[shapes] = plan
+            self.plans[sizes] = plan
             if len(self.plans) > SHAPES_KEPT:
                 self.plans.popitem(last=False)
             return plan
