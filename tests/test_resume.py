@@ -293,6 +293,12 @@ def test_a_checkpoint_cut_off_is_passed_over(make_trainer, tmp_path):
         assert found.name == "epoch=3.ckpt"
 
 
+def test_a_link_to_a_checkpoint_that_is_gone_is_passed_over(tmp_path):
+    torch.save({"a": 1}, tmp_path / "epoch=1.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("epoch=0.ckpt")
+    assert last_checkpoint(tmp_path) == tmp_path / "epoch=1.ckpt"
+
+
 def test_zeros_pruned_before_the_checkpoint_stay(make_trainer, tmp_path):
     """Lightning's ModelPruning loses them: 91.2 % zeros become 0.07 %."""
     prune = GradualPrune(0.9, begin=0, end=0, every=1)

@@ -35,6 +35,10 @@ class Results:
         _refuse_unequal(everything, ("images", "held_out", "reference", "reference_epochs"), "all")
         for name, figures in self.found.items():
             _refuse_unequal(figures, ("epochs", "learning_rate", "answers", "batch_size"), name)
+        reference = _timed_on(self.of(REFERENCE)[0])
+        for one in everything:  # ratios of another processor are not comparable
+            if reference and _timed_on(one) != reference:
+                one.pop("speed", None)
         self.settings: dict[str, Any] = everything[0]["settings"]
 
     def of(self, run: Run) -> Figures:
@@ -68,6 +72,11 @@ def speed(figures: Figures, batch: int) -> float:
         one["speed"][str(batch)]["times_as_fast"]["median"] for one in figures if "speed" in one
     ]
     return statistics.median(timed) if timed else math.nan
+
+
+def _timed_on(figures: dict[str, Any]) -> list[str]:
+    machine = figures.get("speed", {}).get("machine", {})
+    return [machine[name] for name in ("processor", "instructions", "torch") if name in machine]
 
 
 def effort(runs: Iterable[Figures]) -> str:

@@ -154,10 +154,11 @@ All is relative to it, and it teaches whatever is distilled{answers}.
   network's of `torch.save` ({dense_bytes:,} bytes).
 - `speed`: how many times as fast the int8 file's network runs through `slimnets.accelerate` as the
   dense network in eager PyTorch; medians of passes that took turns, on one thread{machine}.
-  The dense network itself gains from `accelerate`: that is the row `vgg19`.
+  The dense network itself gains from `accelerate`: that is the row `vgg19`. Runs whose networks
+  were timed on another processor, and not kept, are "not timed".
 - MACs are the multiplications for one image; effective ones are those by weights that are not zero.
-- Learning rates of `cnn-1k`, `snn-1k` and of the first stage of `resnet10-small` were compared on
-  5,000 held-out training images (`examples/paper/runs.py`); other settings are not tuned."""
+- Learning rates of `cnn-1k` and `snn-1k` were compared on 5,000 held-out training images
+  (`examples/paper/runs.py`); other settings are the paper's or guesses."""
 
 KEPT_HERE = f"""`examples/paper/{RESIDUAL}.safetensors` is the int8 file of
 `{AT_ONCE.name}`, seed 0;

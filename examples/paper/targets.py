@@ -4,7 +4,7 @@ import math
 import statistics
 
 from figures import Figures, Results, accuracies, mean, speed
-from runs import AT_ONCE, SMALLER, STUDENTS, Run, factorized, pruned
+from runs import AT_ONCE, STUDENTS, Run, factorized, pruned
 
 TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
     ("gradual, 75 %", pruned(0.75), "float32", {"points": 0}),
@@ -24,7 +24,7 @@ TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
     ),
     (
         "combined, the goal",
-        SMALLER,
+        AT_ONCE,
         "int8",
         {
             "times fewer bytes": 500,

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from measure import accuracy, measured, write
 from networks import NETWORKS, PAPER_RANKS
 from provenance import recorded, unlike
-from runs import KEPT, REFERENCE, Run
+from runs import DISTILLATION, KEPT, REFERENCE, TAPERED, Run
 from settings import Settings
 from shared import machine
 from torch import nn
@@ -73,7 +73,7 @@ def result(run: Run, seed: int, settings: Settings) -> dict[str, Any]:
         "seed": seed,
         "epochs": before + settings.epochs_of(run),  # all that its weights have seen
         "learning_rate": settings.learning_rate_of(run),
-        "distillation": run.distillation,
+        "distillation": DISTILLATION if run.distilled else None,
         "settings": recorded(settings),
         "accuracies": history,
         **measured(run, network, path.with_suffix(".safetensors"), set_up(settings), settings),
@@ -120,7 +120,7 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
     module: L.LightningModule = Classifier(network, optimizer)
     if teacher is not None:
         asked = data.teacher if isinstance(data, AnsweredCIFAR10) else teacher
-        module = DistillationModule(network, asked, optimizer=optimizer, **run.distillation)
+        module = DistillationModule(network, asked, optimizer=optimizer, **DISTILLATION)
 
     history, checkpoints = History(), _checkpoints(run, seed, settings)
     trainer = L.Trainer(
@@ -156,8 +156,11 @@ def methods(run: Run, prefix: str = "") -> list[L.Callback]:
     found: list[L.Callback] = []
     kept = [prefix + name for name in KEPT.get(run.network, ())]
     if run.sparsity:
+        sparsity: Any = run.sparsity
+        if run.sparsity == "tapered":
+            sparsity = {prefix + name: share for name, share in TAPERED.items()}
         at_once = {"begin": 0, "end": 0, "every": 1}
-        found.append(GradualPrune(run.sparsity, exclude=kept, **({} if run.gradual else at_once)))  # type: ignore[arg-type]
+        found.append(GradualPrune(sparsity, exclude=kept, **({} if run.gradual else at_once)))  # type: ignore[arg-type]
     if run.rank:
         ranks: Any = run.rank
         if run.rank == "paper":

@@ -145,7 +145,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     Returns:
         Its path, or None if there is none.
     """
-    found = sorted(Path(folder).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    whole = [path for path in Path(folder).glob("*.ckpt") if path.exists()]  # links may dangle
+    found = sorted(whole, key=lambda path: path.stat().st_mtime_ns)
     return next((path for path in reversed(found) if _is_whole(path)), None)
 
 

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from enum import Enum
 
 import pytest
 import torch
@@ -337,3 +338,74 @@ def test_a_variant_that_fails_prints_nothing(capfd):
 def test_what_cannot_be_called_is_refused(model, example, message):
     with pytest.raises(TypeError, match=message):
         accelerate(model, example)
+
+
+class Padded(nn.Module):
+    """Changes a tensor in place through a view of it, or reads another view of what was changed."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 8, 3, padding=1)
+        self.kind = kind
+
+    def forward(self, x, padding):
+        y = torch.relu(self.a(x))
+        if self.kind == "through a view":
+            y.flatten(2).masked_fill_(padding[:, None], 0.0)
+        elif self.kind == "before it is read":
+            whole, y = y, y.transpose(2, 3).transpose(2, 3)
+            whole.masked_fill_(padding.unflatten(1, (16, 16))[:, None], 0.0)
+        else:
+            rows = y.shape[2]
+            y = y.masked_fill_(padding.unflatten(1, (rows, rows))[:, None], 0.0)
+        return self.b(y)
+
+
+@pytest.mark.parametrize("kind", ["through a view", "before it is read", "directly"])
+def test_what_is_changed_in_place(kind):
+    network = prune(Padded(kind), 0.9)
+    x, padding = torch.randn(2, 3, 16, 16), torch.zeros(2, 256, dtype=torch.bool)
+    assert (trace(network, 2) is not None) == (kind == "directly")
+    fast = accelerate(network, (x, padding))
+    padding[:, 100:] = True
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, padding), network(x, padding), rtol=1e-4, atol=1e-4)
+
+
+class Mode(Enum):
+    FEATURES = 1
+    LOGITS = 2
+
+
+class Modes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 8, 3)
+
+    def forward(self, x, modes, dtype):
+        y = self.a(x)
+        y = y if modes[0] is Mode.FEATURES else self.b(y)
+        return y.double() if dtype is torch.float64 else y
+
+
+def test_what_an_argument_is_compared_with():
+    network, x = prune(Modes(), 0.9), torch.randn(2, 3, 16, 16)
+    fast = accelerate(network, (x, [Mode.LOGITS], torch.float32))
+    for arguments in (([Mode.FEATURES], torch.float32), ([Mode.LOGITS], torch.float64)):
+        with torch.no_grad():
+            expected = network(x, *arguments)
+        torch.testing.assert_close(fast(x, *arguments), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_are_called_as_before():
+    block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    network = prune(nn.Sequential(block, nn.ReLU()), 0.9)
+    found: list[str] = []
+    for name in ("0", "0.1", "0.2"):
+        network.get_submodule(name).register_forward_hook(lambda *_, name=name: found.append(name))
+    x = torch.randn(2, 3, 16, 16)
+    for hooked in (network, block):  # the root of the second is hooked
+        fast = accelerate(hooked, x)
+        found.clear()
+        fast(x)
+        assert found == ["0.1", "0.2", "0"]

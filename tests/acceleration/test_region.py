@@ -286,3 +286,26 @@ def test_pickle_and_deepcopy():
         expected = region(x)
         assert torch.equal(pickle.loads(pickle.dumps(region))(x), expected)
         assert torch.equal(copy.deepcopy(region)(x), expected)
+
+
+def test_the_default_type_and_device_of_the_caller_change_nothing():
+    network, x = nn.Sequential(thin(nn.Conv2d(3, 5, 3), 0.3), nn.ReLU()), torch.randn(2, 3, 9, 7)
+    with torch.no_grad():
+        graph, _ = in_engine(network, x)
+        expected = network(x)
+        with torch.device("meta"):
+            torch.testing.assert_close(graph(x), expected)
+        torch.set_default_dtype(torch.float64)
+        try:
+            torch.testing.assert_close(graph(x), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_the_mean_of_a_large_image_is_exact():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.AdaptiveAvgPool2d(1))
+    with torch.no_grad():
+        graph, _ = in_engine(network, torch.randn(1, 1, 4, 4))
+        for batch in (1, 2):
+            x = torch.full((batch, 1, 600, 600), 0.7)
+            torch.testing.assert_close(graph(x), network(x), rtol=1e-6, atol=0)

@@ -1,5 +1,7 @@
 """Several threads compute what one does, however many there are from one call to the next."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -79,3 +81,62 @@ def test_who_finds_the_others_busy_works_alone() -> None:
     done.set()
     first.join()
     assert found == [(0, 1)]
+
+
+def test_an_interruption_waits_for_the_others() -> None:
+    """They hold addresses of memory that is freed when the exception leaves."""
+    begun, ended, stopped = threading.Event(), threading.Event(), threading.Event()
+
+    def job(thread: int, threads: int) -> None:
+        if thread == 0:
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+        begun.set()
+        assert stopped.wait(60)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        together(job, 2, stop=stopped.set)
+    assert ended.is_set()
+    found: list[int] = []
+    together(lambda thread, threads: found.append(thread), 2)
+    assert sorted(found) == [0, 1]
+
+
+INTERRUPTED = """
+import signal, sys, time
+import torch
+from torch import nn
+from slimnets.acceleration.partition import annotate, cut
+from slimnets.acceleration.trace import Recorder, trace
+
+torch.set_num_threads(2)
+torch.set_grad_enabled(False)
+network = nn.Sequential(nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
+network[2].weight.mul_(torch.rand_like(network[2].weight) < 0.3)
+batch = int(sys.argv[1])
+graph = trace(network.eval(), 1)
+x = torch.randn(batch, 16, 64, 64)
+Recorder(graph).run(x)
+cut(graph, annotate(graph))
+graph(x)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+for delay in (0.001, 0.005, 0.02, 0.05):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        while True:
+            graph(torch.randn(batch, 16, 64, 64))
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+expected = network(x)
+assert (graph(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+"""
+
+
+@pytest.mark.parametrize("batch", [1, 48])  # few samples share each layer, many are taken in turn
+def test_a_process_survives_interruptions(batch: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(batch)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["interrupted"] * 4

@@ -137,6 +137,8 @@ def test_ties_are_views_of_the_same_memory() -> None:
     weight = torch.randn(4, 4)
     state = {"a": weight, "b": weight.view(4, 4), "c": weight.t(), "d": weight.clone()}
     state |= {"e": torch.empty(0), "f": torch.empty(0)}
+    values = torch.randn(4, dtype=torch.complex64)
+    state |= {"g": values, "h": values.conj(), "i": values.imag, "j": values.conj().imag}
     assert tied(state) == {"b": "a"}
 
 

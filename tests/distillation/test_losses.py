@@ -107,3 +107,17 @@ def test_logits_of_tokens_have_the_classes_last(loss) -> None:
 
     flat = student.flatten(0, 1), teacher.flatten(0, 1)
     torch.testing.assert_close(loss(*outputs), loss(*flat))
+
+
+@pytest.mark.parametrize("loss", [soft_targets, logit_regression])
+def test_classes_that_both_mask_out_count_nothing(loss) -> None:
+    student, teacher = torch.randn(2, 4, 5)
+    expected = loss(student[:, :4], teacher[:, :4])
+    masked = student.clone()
+    masked[:, 4] = -math.inf
+    masked.requires_grad_()
+    teacher[:, 4] = -math.inf
+    found = loss(masked, teacher)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert masked.grad is not None and masked.grad.isfinite().all()

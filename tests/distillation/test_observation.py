@@ -257,3 +257,17 @@ def test_agreement_on_tokens_is_that_of_their_classes(make_trainer) -> None:
     logged = trainer.callback_metrics
     assert logged["val/agreement"] == pytest.approx((answers[0] == answers[1]).float().mean())
     assert logged["val/student_accuracy"] == pytest.approx((answers[0] == tags).float().mean())
+
+
+def test_a_single_logit_is_no_class(make_trainer) -> None:
+    class Binary(Classifier):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            return F.binary_cross_entropy_with_logits(self(batch[0])[:, 0], batch[1].float())
+
+    images = torch.randn(8, 4)
+    data = DataLoader(TensorDataset(images, (images[:, 0] > 0).long()), 4)
+    trainer = make_trainer(max_epochs=1)
+    module = DistillationModule(Binary(nn.Linear(4, 1)), nn.Linear(4, 1), loss=F.mse_loss)
+    trainer.fit(module, data)
+    assert "train/distillation_loss" in trainer.callback_metrics
+    assert not {"train/agreement", "train/student_accuracy"} & set(trainer.callback_metrics)

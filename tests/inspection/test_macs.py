@@ -135,3 +135,13 @@ def test_nothing_of_the_counting_stays_behind() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
     assert count_macs(network, lambda: None) == {}
     assert count_macs(network, lambda: network(x(1, 4))) == {"": Macs(12, 12)}
+
+
+def test_products_are_counted_in_inference_mode_too() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 5)
+    )
+    expected = count(network, torch.randn(1, 3, 4, 4))
+    assert expected["0"] == (432, 432)
+    with torch.inference_mode():
+        assert count(network, torch.randn(1, 3, 4, 4)) == expected

@@ -457,3 +457,16 @@ def test_the_learning_rate_finder(make_trainer):
     tuner.lr_find(module, small_data(), small_data(8), num_training=5)
     trainer.fit(module, small_data(), small_data(8))
     assert len(pairs(module)) == 4
+
+
+@pytest.mark.parametrize("arguments", [{}, {"at": 2}])
+def test_dense_weights_cannot_be_loaded_beneath_the_optimizers(make_trainer, arguments):
+    dense = Classifier().state_dict()
+
+    class Load(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 4:
+                pl_module.load_state_dict(dense)
+
+    with pytest.raises(RuntimeError, match=r"Missing key.*network.0.first.weight"):
+        fit(make_trainer, Classifier(), [LowRank(2, **arguments), Load()])

@@ -157,7 +157,17 @@ def test_weights_whose_squares_leave_float32(scale):
 @pytest.mark.parametrize("rows", [8, 200])
 def test_a_weight_of_zeros(rows):
     first, second = factors(torch.zeros(rows, rows), 4)
-    assert not first.any() and not second.any()
+    assert not second.any()
+    assert first.any(1).all()  # or nothing would have a gradient
+    assert torch.equal(first, factors(torch.zeros(rows, rows), 4)[0])
+
+
+def test_ranks_that_a_weight_does_not_have():
+    weight = torch.randn(12, 1) @ torch.randn(1, 9)
+    weight[:, 4:] = 0.0
+    first, second = factors(weight, 5)
+    torch.testing.assert_close(second @ first, weight)
+    assert first.any(1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

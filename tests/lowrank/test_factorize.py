@@ -254,3 +254,17 @@ def test_what_is_left_is_said(caplog):
 def test_nothing_is_said_when_all_went_as_asked(caplog):
     factorize(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), {"0": 2})
     assert caplog.messages == []
+
+
+def test_a_layer_that_begins_with_zeros_can_be_trained():
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    nn.init.zeros_(network[2].weight)
+    factorize(network, {"2": 4})
+    images = torch.randn(5, 8)
+    torch.testing.assert_close(network(images), network[2].second.bias.expand(5, 8))
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (network(images) - images).square().mean().backward()
+        optimizer.step()
+    assert all(parameter.grad.any() for parameter in network.parameters())

@@ -411,6 +411,20 @@ def test_resuming_with_another_at(make_trainer, tmp_path):
         run(make_trainer, classifier(), [LowRank(3, at=9)], 3, tmp_path / "12.ckpt")
 
 
+@pytest.mark.parametrize("at", [9, 0.5])
+def test_resuming_with_other_ranks_keeps_the_step(make_trainer, tmp_path, at):
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    run(make_trainer, classifier(), [LowRank(2, at=at), Save()])
+    record, module = Record(), classifier()
+    with pytest.warns(UserWarning, match=r"going on with LowRank\(r=3,"):
+        run(make_trainer, module, [LowRank(3, at=at), record], 3, tmp_path / "6.ckpt")
+    assert [bool(found) for found in record.before] == [False] * 3 + [True] * 9
+    assert set(pairs(module).values()) == {3}
+
+
 def test_a_checkpoint_from_after_is_evaluated_by_a_fresh_module(make_trainer, tmp_path):
     module = classifier()
     run(make_trainer, module, [LowRank(2, at=9)]).save_checkpoint(tmp_path / "x.ckpt")

@@ -602,6 +602,40 @@ def test_the_other_package_of_lightning_gets_one_clear_sentence(tmp_path):
         trainer.fit(Module(), DataLoader(torch.randn(8, 4)))
 
 
+@pytest.mark.parametrize("more", [False, True])
+def test_optimizers_that_are_made_anew_in_the_middle_of_a_run(make_trainer, more):
+    class Anew(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.strategy.setup_optimizers(trainer)
+                if more:
+                    pl_module.spare = torch.nn.Parameter(torch.zeros(1))
+                    trainer.optimizers += [torch.optim.SGD([pl_module.spare], 0.1)]
+
+    module = Manual() if more else Classifier()
+    prune = GradualPrune(0.9, begin=0, end=10, every=1)
+    module, watch, _ = run(make_trainer, prune, module, callbacks=[Anew()], epochs=4)
+    assert zeros(module) == expected(module, 0.9)
+    assert watch.history == sorted(watch.history)
+
+
+def test_a_run_that_is_over_keeps_its_state_when_it_is_resumed(make_trainer, tmp_path):
+    prune = GradualPrune(0.9)
+    _, _, trainer = run(make_trainer, prune)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    again = GradualPrune(0.9)
+    trainer = make_trainer(max_epochs=3, callbacks=[again])
+    trainer.fit(Classifier(), small_data(), small_data(8), ckpt_path=tmp_path / "first.ckpt")
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    first, second = (
+        torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["callbacks"][prune.state_key]
+        for name in ("first", "second")
+    )
+    assert first["steps"] == second["steps"]
+    assert first["span"] == second["span"]
+    assert first["masks"].keys() == second["masks"].keys()
+
+
 def test_a_callback_that_served_another_run_begins_anew(make_trainer, tmp_path):
     prune = GradualPrune(0.9)
     module, watch, trainer = run(make_trainer, prune)

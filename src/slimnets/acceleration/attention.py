@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod, remove
 
 from slimnets.acceleration import attend
+from slimnets.acceleration.trace import has_hooks
 from slimnets.layers import replace
 
 
@@ -199,7 +200,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _stand_in(module: nn.Module) -> nn.Module | None:
     """What stands for ``module``, in which smaller modules have been replaced."""
-    if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
+    if any(map(has_hooks, module.modules())):
         return None
     if type(module) is nn.MultiheadAttention and _is_simple(module):
         return Attention(module)

@@ -113,6 +113,25 @@ def _halve(op, lo, hi, arena, thread, threads):
 
 
 @njit(nogil=True)
+def _whole(op, scale, lo, hi, arena, thread, threads):
+    """Maximum or scaled sum of a whole image, which may be too large for a sum of 32 bits."""
+    channels, n, height, width = op[3], op[4], op[5], op[6]
+    for c in range(channels * thread // threads, channels * (thread + 1) // threads):
+        src = arena + 4 * (op[1] + op[8] + c * op[9])
+        dst = arena + 4 * (op[2] + op[13] + c * op[14])
+        for s in range(n):
+            largest, total = np.float32(-np.inf), 0.0
+            for h in range(height):
+                for w in range(width):
+                    value = load(src, h * op[7] + w * n + s)
+                    largest = _largest(largest, value)
+                    total += np.float64(value)
+            value = largest if op[23] == LARGEST else np.float32(total * scale)
+            value = lo if value < lo else value
+            store(dst, s, hi if value > hi else value)
+
+
+@njit(nogil=True)
 def pool(op, scale, lo, hi, arena, thread, threads):
     """Maximum or scaled sum of windows; what lies outside the image is not looked at."""
     channels, n, height, width = op[3], op[4], op[5], op[6]
@@ -121,6 +140,9 @@ def pool(op, scale, lo, hi, arena, thread, threads):
     sh, sw = op[17], op[18]
     if op[23] == HALVE:
         _halve(op, lo, hi, arena, thread, threads)
+        return
+    if op[15] == height and op[16] == width and op[19] == 0 and op[20] == 0 and out_h * out_w == 1:
+        _whole(op, scale, lo, hi, arena, thread, threads)
         return
     for at in range(thread, channels * out_h, threads):
         c, o = at // out_h, at % out_h

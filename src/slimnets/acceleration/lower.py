@@ -19,7 +19,7 @@ from slimnets.acceleration.steps import (
     Pool,
     Step,
 )
-from slimnets.acceleration.trace import is_plain, module_of
+from slimnets.acceleration.trace import has_hooks, is_plain, module_of
 
 LEAST_ZEROS = 0.3
 SMALL = 10_000
@@ -70,7 +70,7 @@ def _source(node: fx.Node) -> fx.Node:
 
 
 def _of_module(node: fx.Node, m: nn.Module) -> Known | None:
-    if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or node.kwargs:
+    if has_hooks(m) or "forward" in vars(m) or node.kwargs:
         return None
     source = _source(node)
     form = form_of(source)
@@ -235,7 +235,7 @@ def _floats(tensor: Any) -> Any:
 
 
 def _bias(m: Any) -> Any:
-    return _floats(m.bias if m.bias is not None else torch.zeros(len(m.weight)))
+    return _floats(m.bias if m.bias is not None else m.weight.new_zeros(len(m.weight)))
 
 
 def _clamp(low: float, high: float) -> Make:

@@ -4,6 +4,8 @@ import copy
 import io
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
+from enum import Enum
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace, versio
 from slimnets.layers import compressed_network
 
 LEAST_GAIN = 1.05
+BY_VALUE = (int, float, str, bool, type(None), Enum, torch.dtype, type, FunctionType)
+"""Arguments that a network may ask which one they are, unseen by the tracer."""
+
 TOLERANCE = 1e-4
 """Largest difference from PyTorch's result that is taken for rounding, as a share of its largest
 value."""
@@ -87,7 +92,11 @@ def _kind(value: Any) -> Any:
     """What has to stay the same for the graph to be right."""
     if type(value) in (Tensor, nn.Parameter):
         return value.dtype, value.device.type, value.dim(), value.layout
-    return type(value), value if isinstance(value, int | float | str | bool | None) else None
+    if type(value) in (tuple, list):
+        return type(value), [_kind(one) for one in value]
+    if type(value) is dict:
+        return dict, [(key, _kind(one)) for key, one in value.items()]
+    return type(value), value if isinstance(value, BY_VALUE) else None
 
 
 def _placement(module: nn.Module) -> list[tuple[torch.dtype, torch.device]]:

@@ -1,7 +1,7 @@
 """A part of a network that the sparse engine computes, as a module."""
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +23,9 @@ ARENA_BYTES = 16 << 20
 MOST_SAMPLES = 256
 SHAPES_KEPT = 8
 PROFILE_RUNS = 3
+EVERYBODY = 1 << 40
+"""More arrivals at a barrier than a table has steps for."""
+
 PRODUCTS_WORTH_A_THREAD = 1_000_000  # waking one takes a tenth of a millisecond or two
 
 
@@ -102,7 +105,7 @@ class _Plan:
             for first, samples in waiting:
                 self._piece(samples, self._addresses(io, first), 1)
 
-        together(share, threads)
+        together(share, threads, stop=lambda: deque(waiting, maxlen=0))
 
     def _piece(self, samples: int, io: Any, threads: int) -> None:
         table = self.table(samples, threads)
@@ -122,7 +125,7 @@ class _Plan:
             at = (base, scratch, io, int(barrier.ctypes.data), thread, threads)
             interpret(table.ops, table.floats, *at)
 
-        together(job, threads)
+        together(job, threads, stop=lambda: barrier.fill(EVERYBODY))
         arenas.append((memory, base))
 
     def _addresses(self, io: Any, first: int) -> Any:
@@ -187,7 +190,8 @@ class Region(nn.Module):
         results = []
         for port, shape in zip(self.outputs, plan.outputs, strict=True):
             tail = (shape.size,) if port.features else (shape.channels, shape.height, shape.width)
-            results.append(torch.empty(*lead, *tail))
+            # not the default type and device, which may have been changed since
+            results.append(torch.empty(*lead, *tail, dtype=torch.float32, device="cpu"))
         run(plan, batch, np.array([t.data_ptr() for t in (*tensors, *results)], np.int64))
         return results[0] if len(results) == 1 else tuple(results)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 IN_PLACE_FUNCTIONS = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
@@ -17,6 +18,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) is nn.TransformerDecoderLayer:
             return False
+        if has_hooks(m):
+            return True
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
@@ -40,8 +43,11 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     """``model`` as a graph of its first ``arguments`` arguments, the others at their defaults.
 
     Returns ``None`` where tracing fails, or where running the forward method has changed the
-    module or drawn random numbers: a graph would repeat what happened once.
+    module or drawn random numbers: a graph would repeat what happened once. Nor can a graph call
+    hooks of the model, or change a tensor in place for those who read it through another view.
     """
+    if has_hooks(model):
+        return None
     model = nn.Sequential(model).eval() if is_plain(model) else model  # a layer has no graph
     names = list(_parameters_of(model))
     defaults = _parameters_of(model)
@@ -64,9 +70,15 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     for node in graph.nodes:
         node.type = None  # torch 2.6 cannot write `Tensor | None` twice
     traced = fx.GraphModule(model, graph)
-    _order_in_place(traced)
+    if not _order_in_place(traced):
+        return None
     _flatten_views(traced)
     return traced
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something happens when ``module`` is called, besides its forward method."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _erase(node: fx.Node) -> None:
@@ -127,18 +139,52 @@ def _works_in_place(node: fx.Node) -> bool:
     return bool(getattr(module_of(node), "inplace", False))
 
 
-def _order_in_place(traced: fx.GraphModule) -> None:
+# fmt: off
+VIEWS = {
+    "getitem", "getattr", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten",
+    "ravel", "transpose", "t", "permute", "squeeze", "unsqueeze", "chunk", "split", "tensor_split",
+    "narrow", "select", "expand", "expand_as", "detach", "movedim", "moveaxis", "unbind",
+    "swapaxes", "swapdims", "contiguous", "diagonal", "unfold", "to", "float", "type", "type_as",
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+}
+# fmt: on
+"""Functions and methods whose result may share its memory with their first argument."""
+
+ATTRIBUTES = ("T", "mT", "H", "mH", "data", "real", "imag")
+VIEWING = (nn.Flatten, nn.Unflatten, nn.Identity, _DropoutNd)
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """What ``node`` may be a view of."""
+    source = node.args[0] if node.args else None
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if not isinstance(source, fx.Node) or (name == "getattr" and node.args[1] not in ATTRIBUTES):
+        return None
+    return source if name in VIEWS or isinstance(module_of(node), VIEWING) else None
+
+
+def _order_in_place(traced: fx.GraphModule) -> bool:
     """Let later readers of a tensor that was changed in place read the result instead.
 
     The engine computes results elsewhere, so nobody may rely on the change.
+
+    Returns:
+        Whether that is all: False if a change is read through another view.
     """
     place = {node: i for i, node in enumerate(traced.graph.nodes)}
+    roots: dict[fx.Node, fx.Node] = {}
     for node in traced.graph.nodes:
+        viewed = _viewed(node)
+        roots[node] = node if viewed is None else roots[viewed]
         if _works_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
             changed = node.args[0]
+            others = [n for n, root in roots.items() if root is roots[changed] and n is not changed]
+            if any(place[user] > place[node] for other in others for user in other.users):
+                return False
             later = {user for user in changed.users if place[user] > place[node]}
             changed.replace_all_uses_with(node, delete_user_cb=later.__contains__)
     traced.recompile()
+    return True
 
 
 def _flatten_views(traced: fx.GraphModule) -> None:
@@ -184,6 +230,8 @@ def fold_batch_norm(traced: fx.GraphModule) -> None:
         norm = module_of(node)
         if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_var is None:
             continue
+        if has_hooks(norm):
+            continue
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or len(source.users) > 1:
             continue
@@ -206,7 +254,7 @@ def is_plain(layer: nn.Module | None) -> bool:
     kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
     if not isinstance(layer, kinds):
         return False
-    if layer._forward_hooks or layer._forward_pre_hooks or "weight" not in layer._parameters:
+    if has_hooks(layer) or "weight" not in layer._parameters:
         return False
     forwards = {kind.forward for kind in kinds}
     return type(layer).forward in forwards and "forward" not in vars(layer)

@@ -220,6 +220,7 @@ def tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
             continue
         if tensor.numel():
             view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            view += (tensor.is_conj(), tensor.is_neg())  # these are computed when they are read
             if first.setdefault(view, name) != name:
                 ties[name] = first[view]
     return ties

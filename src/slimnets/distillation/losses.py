@@ -39,8 +39,9 @@ def soft_targets(student: Any, teacher: Any, temperature: float = 4.0) -> Tensor
     student_logits, teacher_logits = _logits_of_both(student, teacher)
     predicted = F.log_softmax(student_logits / temperature, dim=1)
     wanted = F.log_softmax(teacher_logits / temperature, dim=1)
-    divergence = F.kl_div(predicted, wanted, reduction="none", log_target=True).sum(dim=1)
-    return temperature**2 * divergence.mean()
+    divergence = F.kl_div(predicted, wanted, reduction="none", log_target=True)
+    divergence = divergence.masked_fill(wanted == -math.inf, 0.0)  # classes that are masked out
+    return temperature**2 * divergence.sum(dim=1).mean()
 
 
 def logit_regression(student: Any, teacher: Any) -> Tensor:
@@ -65,7 +66,9 @@ def logit_regression(student: Any, teacher: Any) -> Tensor:
         2.0
     """
     student_logits, teacher_logits = _logits_of_both(student, teacher)
-    return 0.5 * (student_logits - teacher_logits).square().sum(dim=1).mean()
+    difference = student_logits - teacher_logits
+    difference = difference.masked_fill(student_logits == teacher_logits, 0.0)  # of infinities, too
+    return 0.5 * difference.square().sum(dim=1).mean()
 
 
 def check_temperature(temperature: float) -> None:

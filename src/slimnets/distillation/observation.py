@@ -104,7 +104,8 @@ class Report:
         Nothing is noted of outputs that are not class logits of equal shapes.
         """
         student, teacher = logits_of(seen.student), logits_of(seen.teacher)
-        if student is None or teacher is None or student.shape != teacher.shape or student.ndim < 2:
+        are_logits = student is not None and student.ndim > 1 and student.shape[1] > 1
+        if not are_logits or teacher is None or student.shape != teacher.shape:
             self.samples += 1
             return
         self.samples += len(student)

@@ -42,7 +42,14 @@ def count_macs(network: nn.Module, forward: Callable[[], object]) -> dict[str, M
     # the fast path is a single operator, in which no product can be seen
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), counter.watching(), counter:
+        # in inference mode layers arrive whole, not as the products that are counted
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            counter.watching(),
+            counter,
+        ):
             forward()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -111,7 +111,7 @@ class LowRank(L.Callback):
         """Replace the layers, in ``fit``; in every stage, be ready for a checkpoint."""
         refuse_sharding(trainer, self)
         self._release()
-        self._hook = pl_module.register_load_state_dict_pre_hook(follow_state_dict)
+        self._follow(pl_module)
         is_fitting = stage == TrainerFn.FITTING
         if is_fitting and is_overridden("configure_model", pl_module):
             pl_module.configure_model()
@@ -159,7 +159,8 @@ class LowRank(L.Callback):
         is_same = state.get("arguments") == now
         if self._at is not None:
             self._done = state.get("done", False)
-            self._step = state["step"] if is_same else None
+            same_at = state.get("arguments", {}).get("at") == now["at"]
+            self._step = state["step"] if same_at else None
         is_dense = not self._ranks.keys() & pairs_of(compressed_network(pl_module)).keys()
         if not state and self._ranks and is_dense:
             raise ValueError(
@@ -192,6 +193,7 @@ class LowRank(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the step of ``at``; log the ranks, and the number of weights before and after."""
+        self._stop_following()  # the optimizers have the pairs: dense weights cannot go in now
         if self._at is not None and self._step is None and not self._done:
             self._step = resolve_at(trainer, self._at, self._max_epochs)
         self._start = trainer.global_step
@@ -211,6 +213,7 @@ class LowRank(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the layers were not replaced."""
+        self._follow(pl_module)  # a finder's trial ends with the weights before it
         if not self._done:
             rank_zero_warn(
                 f"LowRank(at={self._at!r}): training stopped after {trainer.global_step} "
@@ -298,6 +301,12 @@ class LowRank(L.Callback):
 
     def _release(self) -> None:
         self._originals = {}
+        self._stop_following()
+
+    def _follow(self, pl_module: L.LightningModule) -> None:
+        self._hook = pl_module.register_load_state_dict_pre_hook(follow_state_dict)
+
+    def _stop_following(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

@@ -37,7 +37,9 @@ def factors(
     """The weights of two layers that, one after the other, approximate ``weight`` best.
 
     Best in the Frobenius norm, each factor with the square root of the singular values (Tai et
-    al., arXiv 1511.06067). Half precision is computed in float32.
+    al., arXiv 1511.06067). Half precision is computed in float32. Of ranks whose singular value is
+    zero, such as all of a layer that begins with zeros, the first factor is random, so that they
+    can be trained.
 
     Args:
         weight: ``(outputs, inputs, *kernel)`` of a linear layer or convolution; finite.
@@ -55,6 +57,11 @@ def factors(
     right = (vh * s.sqrt()[:, None]).reshape(rank, *kernel[len(own) :], outputs).movedim(-1, 0)
     first = left.reshape(rank, inputs, *own, *ones[len(own) :])
     second = right.reshape(outputs, rank, *ones[: len(own)], *kernel[len(own) :])
+    # two factors that are both zero have no gradient; one of them leaves the product as it is
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(first.shape, generator=generator) / math.sqrt(max(1, first[0].numel()))
+    unused = ~first.flatten(1).any(1)
+    first[unused] = noise.to(first)[unused]
     return first.to(weight.dtype).contiguous(), second.to(weight.dtype).contiguous()
 
 

@@ -178,6 +178,12 @@ class GradualPrune(L.Callback):
         self._clock = Clock(span, steps, self.initial, self.schedule)
         self._clock.start(trainer.optimizers, partial(self._after_step, trainer))
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Follow optimizers that were made anew in the middle of the run."""
+        self._clock.follow(trainer.optimizers, partial(self._after_step, trainer))
+
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -233,8 +239,8 @@ class GradualPrune(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit a weight, steps, span, and the arguments for comparison."""
-        if self._pruner is None:
-            return {}
+        if self._pruner is None:  # of a run that was over when it was resumed, what was loaded
+            return self._restored or {}
         span = self._clock.span
         return {
             "arguments": self._arguments(),

@@ -34,6 +34,7 @@ class Clock:
         self.schedule = schedule
         self._depths: list[int] = []  # of each optimizer, how many calls of step are running
         self._hooks: list[RemovableHandle] = []
+        self._optimizers: list[Optimizer] = []
 
     @property
     def progress(self) -> list[float | None]:
@@ -42,11 +43,19 @@ class Clock:
 
     def start(self, optimizers: Sequence[Optimizer], after_step: Callable[[int], None]) -> None:
         """Count, and call ``after_step`` with the index of the optimizer after every step."""
+        self._optimizers = list(optimizers)
+        self.steps += [0] * (len(optimizers) - len(self.steps))
         self.settle()
         for index, optimizer in enumerate(optimizers):
             before, after = partial(self._enter, index), partial(self._leave, index, after_step)
             self._hooks.append(optimizer.register_step_pre_hook(before))
             self._hooks.append(optimizer.register_step_post_hook(after))
+
+    def follow(self, optimizers: Sequence[Optimizer], after_step: Callable[[int], None]) -> None:
+        """Go on with ``optimizers``, if others have taken the place of those before."""
+        if self._hooks and list(map(id, optimizers)) != list(map(id, self._optimizers)):
+            self.stop()
+            self.start(optimizers, after_step)
 
     def settle(self) -> None:
         """Forget steps that have raised; none is running now."""
@@ -56,7 +65,7 @@ class Clock:
         """Leave no hook behind."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._optimizers = [], []
 
     def due(
         self,
