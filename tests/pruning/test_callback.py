@@ -298,7 +298,7 @@ class Manual(Classifier):
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
-        features, head = self.optimizers()
+        features, head, *_ = self.optimizers()
         loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
         features.zero_grad()
         head.zero_grad()
