@@ -5,8 +5,9 @@
 prints the accuracy of both on the 10,000 test images, bytes, weights and speed on one thread. It is
 the int8 file that this made, with FILE and its epochs as in ``docs/results.md``::
 
-    python examples/paper/reproduce.py stacked --only resnet10-small-gradual91-distilled --epochs 22
-        --seeds 1 --answers 2 --device cpu --reference FILE --reference-epochs 33 --data-dir DIR
+    python examples/paper/reproduce.py stacked --only resnet10-small-gradualtapered-distilled
+        --epochs 33 --seeds 1 --answers 2 --device cpu --reference FILE --reference-epochs 33
+        --data-dir DIR
 """
 
 import argparse
