@@ -35,10 +35,6 @@ class Results:
         _refuse_unequal(everything, ("images", "held_out", "reference", "reference_epochs"), "all")
         for name, figures in self.found.items():
             _refuse_unequal(figures, ("epochs", "learning_rate", "answers", "batch_size"), name)
-        reference = _timed_on(self.of(REFERENCE)[0])
-        for one in everything:  # ratios of another processor are not comparable
-            if reference and _timed_on(one) != reference:
-                one.pop("speed", None)
         self.settings: dict[str, Any] = everything[0]["settings"]
 
     def of(self, run: Run) -> Figures:
@@ -53,6 +49,11 @@ class Results:
     def relative(self, figures: Figures, form: str = "float32") -> float:
         """Accuracy as a share of the dense network's."""
         return mean(accuracies(figures, form)) / self.reference
+
+    def elsewhere(self, figures: Figures) -> str:
+        """A mark, if their speed was measured on another processor than the reference's."""
+        own, reference = (timed_on(one) for one in (figures, self.of(REFERENCE)))
+        return "†" if own and own != reference else ""
 
     def trained_for(self, figures: Figures) -> str:
         """Epochs, marked if they are more than those of the reference, and seeds."""
@@ -74,9 +75,12 @@ def speed(figures: Figures, batch: int) -> float:
     return statistics.median(timed) if timed else math.nan
 
 
-def _timed_on(figures: dict[str, Any]) -> list[str]:
-    machine = figures.get("speed", {}).get("machine", {})
-    return [machine[name] for name in ("processor", "instructions", "torch") if name in machine]
+def timed_on(figures: Figures) -> str:
+    """The processor and the PyTorch that the speed was measured with; "" if it was not."""
+    machines = [one["speed"]["machine"] for one in figures if "speed" in one]
+    return (
+        "{processor} with {instructions}, torch {torch}".format(**machines[0]) if machines else ""
+    )
 
 
 def effort(runs: Iterable[Figures]) -> str:

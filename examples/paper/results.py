@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from figures import Figures, Results, accuracies, mean, speed
+from figures import Figures, Results, accuracies, mean, speed, timed_on
 from plots import plots
 from runs import AT_ONCE, REFERENCE, RESIDUAL, SMALL, TABLES, Run
 from settings import FOLDER, Settings
@@ -50,12 +50,12 @@ def count(key: str) -> Cell:
     return lambda figures: f"{mean(one[key] for one in figures):,.0f}"
 
 
-def faster(batch: int) -> Cell:
+def faster(results: Results, batch: int) -> Cell:
     """Times as fast as the dense network."""
 
     def cell(figures: Figures) -> str:
         ratio = speed(figures, batch)
-        return "not timed" if math.isnan(ratio) else f"{ratio:.1f}"
+        return "not timed" if math.isnan(ratio) else f"{ratio:.1f}{results.elsewhere(figures)}"
 
     return cell
 
@@ -87,7 +87,7 @@ def page(results: Results, pictures: dict[str, str], options: argparse.Namespace
     }
     int8 = {"accuracy, int8, %": accuracy("int8"), "of dense, int8": relative(results, "int8")}
     sizes = {"bytes": smaller("float32"), "bytes, int8": smaller("int8")}
-    speeds = {"speed, batch 1": faster(1), "speed, batch 64": faster(64)}
+    speeds = {f"speed, batch {batch}": faster(results, batch) for batch in (1, 64)}
     counts = {"non-zeros": "nonzeros", "MACs": "macs", "effective MACs": "effective_macs"}
     work = {title: count(key) for title, key in counts.items()}
     everything = {**basic, **int8, **sizes, **speeds}
@@ -146,6 +146,7 @@ All is relative to it, and it teaches whatever is distilled{answers}.
 - `A-then-B` is the trained network A, changed by B and trained on. `gradual75` and `oneshot75`:
   75 % zeros, reached gradually or at the first step. `spatial0.3`, `channel0.3`: layers replaced
   by low-rank pairs of 0.3 of their full rank; `spatialpaper`: of the paper's ranks.
+  `gradualtapered`: fewer zeros in early layers, `TAPERED` in `examples/paper/runs.py`.
 - `accuracy` is that after the last epoch, mean ± standard deviation over seeds, in per cent;
   `of dense` is its share of the reference's. `epochs` are all that the weights have seen; those
   marked with * are more than the reference has seen, and `vgg19-then-dense` is the reference
@@ -154,8 +155,7 @@ All is relative to it, and it teaches whatever is distilled{answers}.
   network's of `torch.save` ({dense_bytes:,} bytes).
 - `speed`: how many times as fast the int8 file's network runs through `slimnets.accelerate` as the
   dense network in eager PyTorch; medians of passes that took turns, on one thread{machine}.
-  The dense network itself gains from `accelerate`: that is the row `vgg19`. Runs whose networks
-  were timed on another processor, and not kept, are "not timed".
+  The dense network itself gains from `accelerate`: that is the row `vgg19`.{elsewhere}
 - MACs are the multiplications for one image; effective ones are those by weights that are not zero.
 - Learning rates of `cnn-1k` and `snn-1k` were compared on 5,000 held-out training images
   (`examples/paper/runs.py`); other settings are the paper's or guesses."""
@@ -169,7 +169,8 @@ def head(results: Results) -> str:
     """What was compared with what, and what the words mean."""
     reference = results.of(REFERENCE)[0]
     answers, held_out = results.settings["answers"], results.settings["held_out"]
-    timed = reference.get("speed", {}).get("machine")
+    timed = timed_on([reference])
+    elsewhere = {timed_on(one) for one in results.found.values() if results.elsewhere(one)}
     return HEAD.format(
         reference=results.reference,
         measured_on=f"{held_out:,} held-out training images" if held_out else "the test images",
@@ -178,8 +179,9 @@ def head(results: Results) -> str:
         if answers
         else "",
         dense_bytes=reference["dense_bytes"],
-        machine=" ({processor} with {instructions}, torch {torch})".format(**timed)
-        if timed
+        machine=f" ({timed})" if timed else "",
+        elsewhere=f"\n  Those marked † were measured on {', '.join(sorted(elsewhere))}."
+        if elsewhere
         else "",
     )
 
