@@ -219,8 +219,8 @@ def tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
         if is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided:
             continue
         if tensor.numel():
-            view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            view += (tensor.is_conj(), tensor.is_neg())  # these are computed when they are read
+            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            view = (*place, tensor.is_conj(), tensor.is_neg())  # computed when they are read
             if first.setdefault(view, name) != name:
                 ties[name] = first[view]
     return ties

@@ -104,8 +104,13 @@ class Report:
         Nothing is noted of outputs that are not class logits of equal shapes.
         """
         student, teacher = logits_of(seen.student), logits_of(seen.teacher)
-        are_logits = student is not None and student.ndim > 1 and student.shape[1] > 1
-        if not are_logits or teacher is None or student.shape != teacher.shape:
+        if (
+            student is None
+            or teacher is None
+            or student.shape != teacher.shape
+            or student.ndim < 2
+            or student.shape[1] < 2  # no classes to choose from
+        ):
             self.samples += 1
             return
         self.samples += len(student)
