@@ -50,11 +50,11 @@ class Run:
     def learning_rate(self) -> float:
         """The largest of the cycle: the paper's with batch norm, a third of it without.
 
-        With 10,000 hidden units one of three seeds of ``snn-10k-distilled`` collapsed at that
-        third; these have a tenth. The third was chosen by ``reproduce.py all --only RUN --epochs 3
-        --learning-rate RATE --seeds 1 --held-out 5000 --answers 2 --reference FILE
-        --reference-epochs 33``, each with a ``--folder`` of its own. Rates to go on with a trained
-        network are guesses.
+        With 10,000 hidden units one of three seeds of ``snn-10k-distilled`` collapsed at that third
+        (``--epochs 4 --learning-rate 0.03``); these have a tenth. The third was chosen by
+        ``reproduce.py all --only RUN --epochs 3 --learning-rate RATE --seeds 1 --held-out 5000
+        --answers 2 --reference FILE --reference-epochs 33``, each with a ``--folder`` of its own.
+        Rates to go on with a trained network are guesses.
 
         ================  ======  ======  ======
         run                 0.01    0.03     0.1
@@ -75,7 +75,7 @@ REFERENCE = Run()
 """The dense VGG-19 that everything is compared with and taught by."""
 
 DISTILLATION = {"alpha": 0.5, "temperature": 2.0}
-"""Arguments of the DistillationModule; the reference errs on 5 % of the training images."""
+"""Arguments of the DistillationModule: the reference errs, so that labels have half a say."""
 
 # The paper's, without batch norm.
 STUDENTS = ("snn-1k", "snn-10k", "cnn-1k", "cnn-10k", "alexnet", "nin")

@@ -58,10 +58,11 @@ def factors(
     first = left.reshape(rank, inputs, *own, *ones[len(own) :])
     second = right.reshape(outputs, rank, *ones[: len(own)], *kernel[len(own) :])
     # two factors that are both zero have no gradient; one of them leaves the product as it is
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(first.shape, generator=generator) / math.sqrt(max(1, first[0].numel()))
     unused = ~first.flatten(1).any(1)
-    first[unused] = noise.to(first)[unused]
+    if unused.any():
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(first[unused].shape, generator=generator)
+        first[unused] = noise.to(first) / math.sqrt(first[0].numel())
     return first.to(weight.dtype).contiguous(), second.to(weight.dtype).contiguous()
 
 
