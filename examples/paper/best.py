@@ -3,7 +3,7 @@
     python examples/paper/best.py --data-dir DIR --reference vgg19.safetensors
 
 prints the accuracy of both on the 10,000 test images, bytes, weights and speed on one thread. It is
-the int8 file that this made, with FILE and its epochs as in ``docs/results.md``::
+the int6 file that this made, with FILE and its epochs as in ``docs/results.md``::
 
     python examples/paper/reproduce.py stacked --only resnet10-small-gradualtapered-distilled
         --epochs 33 --seeds 1 --answers 2 --device cpu --reference FILE --reference-epochs 33

@@ -62,6 +62,11 @@ class Results:
         return f"{epochs:g}{mark}, {len(figures)}"
 
 
+def measured(figures: Figures, form: str) -> bool:
+    """Whether all seeds have a file of this form."""
+    return all(form in one["files"] for one in figures)
+
+
 def accuracies(figures: Figures, form: str = "float32") -> list[float]:
     """One for each seed, in [0, 1]."""
     return [one["files"][form]["accuracy"] for one in figures]

@@ -20,10 +20,10 @@ from torch import nn
 
 import slimnets
 
-FORMS: dict[str, torch.dtype | None] = {
-    "float32": None,
-    "float16": torch.float16,
-    "int8": torch.int8,
+FORMS: dict[str, dict[str, Any]] = {  # arguments of slimnets.save
+    "float32": {},
+    "int8": {"dtype": torch.int8},
+    "int6": {"dtype": torch.int8, "bits": 6},
 }
 BATCHES = (1, 64)  # that are timed
 
@@ -41,10 +41,10 @@ def measured(
         enable_model_summary=False,
     )
     files = {}
-    for form, dtype in FORMS.items():
-        stored = file if dtype is None else file.with_suffix(f".{form}.safetensors")
-        if dtype is not None:
-            slimnets.save(network, stored, dtype=dtype)
+    for form, arguments in FORMS.items():
+        stored = file.with_suffix(f".{form}.safetensors") if arguments else file
+        if arguments:
+            slimnets.save(network, stored, **arguments)
         loaded = slimnets.load(stored, NETWORKS[run.network]()).eval()
         if tester.strategy.root_device.type == "cpu":
             loaded = slimnets.accelerate(loaded, image)
@@ -71,7 +71,7 @@ def dense_bytes() -> int:
 
 
 def add_speed(run: Run, seed: int, settings: Settings, again: bool = False) -> None:
-    """Add to the JSON how many times as fast as the dense network that of the int8 file is.
+    """Add to the JSON how many times as fast as the dense network that of the smallest file is.
 
     Both on one thread, the dense one in eager PyTorch, by batch size; what is there is kept unless
     it is measured ``again``.
@@ -80,7 +80,10 @@ def add_speed(run: Run, seed: int, settings: Settings, again: bool = False) -> N
     figures = json.loads(path.read_text())
     if "speed" in figures and not again:
         return
-    network = slimnets.load(path.with_suffix(".int8.safetensors"), NETWORKS[run.network]()).eval()
+    files = figures["files"]
+    smallest = min(files, key=lambda form: files[form]["bytes"])
+    file = path.with_suffix(f".{smallest}.safetensors")
+    network = slimnets.load(file, NETWORKS[run.network]()).eval()
     dense = NETWORKS[REFERENCE.network]().eval()
     threads, found = torch.get_num_threads(), {}
     torch.set_num_threads(1)

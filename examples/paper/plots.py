@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from figures import Results, effort, mean
+from figures import Results, effort, mean, measured
 from matplotlib.figure import Figure
 from runs import (
     AT_ONCE,
@@ -53,10 +53,11 @@ def plot_bytes(results: Results, path: Path) -> int:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     shares = [results.relative(figures) for figures in results.found.values()]
-    for form, marker in (("float32", "o"), ("int8", "s")):
+    for form, marker in (("float32", "o"), ("int8", "s"), ("int6", "^")):
         points = [
             (mean(one["files"][form]["bytes"] for one in figures), results.relative(figures, form))
             for figures in results.found.values()
+            if measured(figures, form)
         ]
         axes.scatter(*zip(*points, strict=True), marker=marker, s=18, label=f"slimnets, {form}")
     axes.scatter(
@@ -65,7 +66,7 @@ def plot_bytes(results: Results, path: Path) -> int:
     for name, point in PAPER_POINTS.items():
         axes.annotate(name, point, **NEAR)
     if best := results.of(AT_ONCE):
-        point = (best[0]["files"]["int8"]["bytes"], results.relative(best, "int8"))
+        point = (best[0]["files"]["int6"]["bytes"], results.relative(best, "int6"))
         axes.annotate(AT_ONCE.network, point, **NEAR)
     axes.set(xscale="log", xlabel="bytes (the paper's: of the non-zero weights)")
     axes.set(ylabel=LABEL, ylim=(LEAST, None))
@@ -131,13 +132,17 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
     }
     low_rank = {"the paper": [PAPER_POINTS["low rank"]]}
     for network in (REFERENCE, SMALL):
-        kinds = {"gradual": True, "one-shot": False}
+        kinds: dict[str, dict[str, Any]] = {
+            "gradual": {},
+            "gradual, all weights together": {"scope": "global"},
+            "one-shot": {"gradual": False},
+        }
         draw(
             f"gradual-{network.network}.png",
             f"Gradual against one-shot pruning of {network.network}",
             "zeros, %",
             {
-                name: [(100 * s, pruned(s, kind, network)) for s in SPARSITIES]
+                name: [(100 * s, pruned(s, of=network, **kind)) for s in SPARSITIES]
                 for name, kind in kinds.items()
             },
             gradual if network == REFERENCE else {},

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from figures import Figures, Results, accuracies, mean, speed, timed_on
+from figures import Figures, Results, accuracies, mean, measured, speed, timed_on
 from plots import plots
 from runs import AT_ONCE, REFERENCE, RESIDUAL, SMALL, TABLES, Run
 from settings import FOLDER, Settings
@@ -27,6 +27,8 @@ def accuracy(form: str = "float32") -> Cell:
     """Mean and standard deviation over seeds, in per cent."""
 
     def cell(figures: Figures) -> str:
+        if not measured(figures, form):
+            return "-"
         values = [100 * value for value in accuracies(figures, form)]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         return f"{mean(values):.2f}{spread}"
@@ -38,6 +40,8 @@ def smaller(form: str) -> Cell:
     """Bytes of the file, and times fewer than those of the dense network."""
 
     def cell(figures: Figures) -> str:
+        if not measured(figures, form):
+            return "-"
         own = mean(one["files"][form]["bytes"] for one in figures)
         times = figures[0]["dense_bytes"] / own
         return f"{own:,.0f} ({f'{times:.3g}' if times < 1000 else f'{times:,.0f}'}x)"
@@ -75,7 +79,11 @@ def table(results: Results, runs: Iterable[Run], columns: dict[str, Cell]) -> st
 
 def relative(results: Results, form: str) -> Cell:
     """Accuracy as a share of the dense network's."""
-    return lambda figures: f"{results.relative(figures, form):.1%}"
+
+    def cell(figures: Figures) -> str:
+        return f"{results.relative(figures, form):.1%}" if measured(figures, form) else "-"
+
+    return cell
 
 
 def page(results: Results, pictures: dict[str, str], options: argparse.Namespace) -> str:
@@ -85,12 +93,20 @@ def page(results: Results, pictures: dict[str, str], options: argparse.Namespace
         "of dense": relative(results, "float32"),
         "epochs, seeds": results.trained_for,
     }
-    int8 = {"accuracy, int8, %": accuracy("int8"), "of dense, int8": relative(results, "int8")}
+
+    def rounded(form: str) -> dict[str, Cell]:
+        return {
+            f"accuracy, {form}, %": accuracy(form),
+            f"of dense, {form}": relative(results, form),
+            "bytes": smaller("float32"),
+            f"bytes, {form}": smaller(form),
+        }
+
     sizes = {"bytes": smaller("float32"), "bytes, int8": smaller("int8")}
     speeds = {f"speed, batch {batch}": faster(results, batch) for batch in (1, 64)}
     counts = {"non-zeros": "nonzeros", "MACs": "macs", "effective MACs": "effective_macs"}
     work = {title: count(key) for title, key in counts.items()}
-    everything = {**basic, **int8, **sizes, **speeds}
+    everything = {**basic, **rounded("int8"), **speeds}
     sections = {
         "Gradual against one-shot pruning": (TABLES["gradual"], {**basic, **sizes}),
         "Gradual against one-shot pruning, a small network": (
@@ -104,7 +120,10 @@ def page(results: Results, pictures: dict[str, str], options: argparse.Namespace
         ),
         "Students, alone and distilled": (TABLES["students"], basic),
         "The methods compared": (TABLES["methods"], {**basic, **sizes, **work, **speeds}),
-        "A small residual network, pruned while it is distilled": (TABLES["stacked"], everything),
+        "A small residual network, pruned while it is distilled": (
+            TABLES["stacked"],
+            {**basic, **rounded("int6"), **speeds},
+        ),
     }
     for network in ("residual", "vgg19", "nin", "narrow", "cnn"):
         runs = TABLES[f"combined-{network}"]
@@ -146,21 +165,24 @@ All is relative to it, and it teaches whatever is distilled{answers}.
 - `A-then-B` is the trained network A, changed by B and trained on. `gradual75` and `oneshot75`:
   75 % zeros, reached gradually or at the first step. `spatial0.3`, `channel0.3`: layers replaced
   by low-rank pairs of 0.3 of their full rank; `spatialpaper`: of the paper's ranks.
-  `gradualtapered`: fewer zeros in early layers, `TAPERED` in `examples/paper/runs.py`.
+  `gradual75global`: of all weights together. `gradualtapered`: fewer zeros in early layers,
+  `TAPERED` in `examples/paper/runs.py`.
 - `accuracy` is that after the last epoch, mean ± standard deviation over seeds, in per cent;
   `of dense` is its share of the reference's. `epochs` are all that the weights have seen; those
   marked with * are more than the reference has seen, and `vgg19-then-dense` is the reference
   trained on for as long.
 - `bytes` are those of the file of `slimnets.save`, and how many times smaller it is than the dense
-  network's of `torch.save` ({dense_bytes:,} bytes).
-- `speed`: how many times as fast the int8 file's network runs through `slimnets.accelerate` as the
-  dense network in eager PyTorch; medians of passes that took turns, on one thread{machine}.
+  network's of `torch.save` ({dense_bytes:,} bytes); `int8` is `dtype=torch.int8`, `int6` that with
+  `bits=6`.
+- `speed`: how many times as fast the network of the smallest file that was measured runs through
+  `slimnets.accelerate` as the dense network in eager PyTorch; medians of passes that took turns,
+  on one thread{machine}.
   The dense network itself gains from `accelerate`: that is the row `vgg19`.{elsewhere}
 - MACs are the multiplications for one image; effective ones are those by weights that are not zero.
 - Learning rates of `cnn-1k` and `snn-1k` were compared on 5,000 held-out training images
   (`examples/paper/runs.py`); other settings are the paper's or guesses."""
 
-KEPT_HERE = f"""`examples/paper/{RESIDUAL}.safetensors` is the int8 file of
+KEPT_HERE = f"""`examples/paper/{RESIDUAL}.safetensors` is the int6 file of
 `{AT_ONCE.name}`, seed 0;
 `python examples/paper/best.py --data-dir DIR --reference FILE` measures it."""
 

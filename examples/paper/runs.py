@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Decomposition = Literal["spatial", "channel"]
+Scope = Literal["layer", "global"]
 WAYS: tuple[Decomposition, ...] = ("spatial", "channel")
 
 
@@ -20,6 +21,7 @@ class Run:
         sparsity: The share of zeros at the end, or "tapered", that of :data:`TAPERED` for each
             layer; 0 for no pruning.
         gradual: Prune gradually over the first three quarters, or all at once at the first step.
+        scope: Whether all layers are equally sparse, or the smallest weights of the network go.
         rank: As in ``--rank`` of ``cifar10.py``: a fraction of the full rank, "paper", or None.
         decomposition: Which way convolutions are taken apart.
         distilled: Whether the reference teaches it.
@@ -29,6 +31,7 @@ class Run:
     of: "Run | None" = None
     sparsity: str | float = 0.0
     gradual: bool = True
+    scope: Scope = "layer"
     rank: str | float | None = None
     decomposition: Decomposition = "spatial"
     distilled: bool = False
@@ -39,7 +42,8 @@ class Run:
         parts = [self.network] if self.of is None else [self.of.name, "then"]
         if self.sparsity:
             share = self.sparsity if isinstance(self.sparsity, str) else f"{100 * self.sparsity:g}"
-            parts.append(f"{'gradual' if self.gradual else 'oneshot'}{share}")
+            scope = "" if self.scope == "layer" else self.scope
+            parts.append(f"{'gradual' if self.gradual else 'oneshot'}{share}{scope}")
         if self.rank:
             parts.append(f"{self.decomposition}{self.rank}")
         if self.distilled:
@@ -65,7 +69,9 @@ class Run:
         ================  ======  ======  ======
         """
         if self.of is not None:
-            return 0.005 if self.network == REFERENCE.network else 0.01
+            if self.network == REFERENCE.network:
+                return 0.002 if self.sparsity in MILD else 0.005
+            return 0.01
         if self.network in WIDE:
             return 0.01
         return 0.03 if self.network in STUDENTS else 0.1
@@ -80,6 +86,7 @@ DISTILLATION = {"alpha": 0.5, "temperature": 2.0}
 # The paper's, without batch norm.
 STUDENTS = ("snn-1k", "snn-10k", "cnn-1k", "cnn-10k", "alexnet", "nin")
 WIDE = ("snn-10k", "cnn-10k")
+MILD = (0.4, 0.75)
 SPARSITIES = (0.4, 0.75, 0.875, 0.9, 0.95, 0.98, 0.99)
 NARROW, RESIDUAL = "vgg19-quarter", "resnet10-small"
 KEPT = {RESIDUAL: ("0",)}
@@ -98,10 +105,14 @@ RANKS = (0.1, 0.2, 0.4)
 
 
 def pruned(
-    sparsity: float, gradual: bool = True, of: Run = REFERENCE, distilled: bool = False
+    sparsity: float,
+    gradual: bool = True,
+    of: Run = REFERENCE,
+    scope: Scope = "layer",
+    distilled: bool = False,
 ) -> Run:
     """A trained network with zeros."""
-    return Run(of.network, of, sparsity, gradual, distilled=distilled)
+    return Run(of.network, of, sparsity, gradual, scope, distilled=distilled)
 
 
 def factorized(
@@ -146,7 +157,14 @@ def combined(network: str, rank: str | float, *sparsities: float) -> list[Run]:
 
 TABLES: dict[str, list[Run]] = {
     "reference": [REFERENCE],
-    "gradual": prunings(REFERENCE),
+    "gradual": [
+        *(
+            pruned(sparsity, scope="global", distilled=taught)
+            for sparsity in (0.75, 0.875, 0.95)
+            for taught in (False, True)
+        ),
+        *prunings(REFERENCE),
+    ],
     "gradual-cnn": prunings(SMALL),
     "low-rank": [factorized("paper"), *factorizations(REFERENCE)],
     "low-rank-cnn": factorizations(SMALL),

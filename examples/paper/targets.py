@@ -7,9 +7,9 @@ from figures import Figures, Results, accuracies, mean, speed
 from runs import AT_ONCE, STUDENTS, Run, factorized, pruned
 
 TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
-    ("gradual, 75 %", pruned(0.75), "float32", {"points": 0}),
-    ("gradual, 87.5 %", pruned(0.875), "float32", {"points": -0.3}),
-    ("gradual, 95 %", pruned(0.95), "float32", {"points": -0.5}),
+    ("gradual, 75 %", pruned(0.75, scope="global"), "float32", {"points": 0}),
+    ("gradual, 87.5 %", pruned(0.875, scope="global"), "float32", {"points": -0.3}),
+    ("gradual, 95 %", pruned(0.95, scope="global"), "float32", {"points": -0.5}),
     (
         "low rank, the paper's ranks",
         factorized("paper"),
@@ -19,13 +19,13 @@ TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
     (
         "combined, first step",
         AT_ONCE,
-        "int8",
+        "int6",
         {"times fewer bytes": 200, "% of the accuracy": 98, "times as fast at batch 1": 5},
     ),
     (
         "combined, the goal",
         AT_ONCE,
-        "int8",
+        "int6",
         {
             "times fewer bytes": 500,
             "% of the accuracy": 99,

@@ -160,7 +160,8 @@ def methods(run: Run, prefix: str = "") -> list[L.Callback]:
         if run.sparsity == "tapered":
             sparsity = {prefix + name: share for name, share in TAPERED.items()}
         at_once = {"begin": 0, "end": 0, "every": 1}
-        found.append(GradualPrune(sparsity, exclude=kept, **({} if run.gradual else at_once)))  # type: ignore[arg-type]
+        span: Any = {} if run.gradual else at_once
+        found.append(GradualPrune(sparsity, scope=run.scope, exclude=kept, **span))
     if run.rank:
         ranks: Any = run.rank
         if run.rank == "paper":

@@ -99,8 +99,10 @@ def test_compiled_parts_are_seen_through(tmp_path: Path) -> None:
 
 def test_rounded_on_the_way(tmp_path: Path) -> None:
     state = {"weight": torch.randn(3, 3), "bias": torch.randn(3)}
-    convert_checkpoint({"state_dict": state}, tmp_path / "net", dtype=torch.int8)
+    convert_checkpoint({"state_dict": state}, tmp_path / "net", dtype=torch.int8, bits=2)
     assert inspect(tmp_path / "net").inexact == {"weight": torch.int8}
+    rounded = load(tmp_path / "net", nn.Linear(3, 3)).weight
+    assert all(len(row.abs().unique()) <= 2 for row in rounded.detach())  # 0 and one step
 
 
 class Opaque:

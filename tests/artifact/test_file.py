@@ -272,6 +272,20 @@ def test_int8(path: Path, log: Any) -> None:
     assert "rounded to torch.int8: 0.weight, 3.weight, 5.weight" in messages(log)
 
 
+def test_fewer_bits_are_fewer_bytes(path: Path) -> None:
+    network, sizes = nn.Linear(300, 200), {}
+    for bits in (8, 6, 4):
+        save(network, path, dtype=torch.int8, bits=bits)
+        sizes[bits] = path.stat().st_size
+        restored = load(path, nn.Linear(300, 200)).weight.detach()
+        assert all(len(row.unique()) <= 2**bits - 1 for row in restored)
+        error = (restored - network.weight).abs().max()
+        assert error <= network.weight.abs().max() / 2 ** (bits - 1)
+    # uniform values, that no code makes smaller
+    assert sizes[8] - sizes[6] == pytest.approx(network.weight.numel() * 2 / 8, rel=0.05)
+    assert sizes[6] - sizes[4] == pytest.approx(network.weight.numel() * 2 / 8, rel=0.05)
+
+
 def test_values_take_the_dtype_of_the_model(path: Path, log: Any) -> None:
     network = nn.Linear(3, 2)
     save(network, path)
@@ -419,6 +433,12 @@ def test_saving_fails_before_it_writes(path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"dtype=torch\.float64"):
         save(Net(), path, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"bits=9.* from 2 to 8"):
+        save(Net(), path, dtype=torch.int8, bits=9)
+    with pytest.raises(ValueError, match=r"bits=6.0"):
+        save(Net(), path, dtype=torch.int8, bits=6.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bits=6, dtype=torch.float16"):
+        save(Net(), path, dtype=torch.float16, bits=6)
     with pytest.raises(TypeError, match="meta device"):
         save(nn.Linear(3, 2, device="meta"), path)
     assert path.read_bytes() == before

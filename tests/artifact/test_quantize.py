@@ -1,22 +1,27 @@
 """Fewer bits a value: how close, and when not at all."""
 
+import math
+
 import pytest
 import torch
 
 from slimnets.artifact.quantize import dequantize, narrow, quantize
 
 
-@pytest.mark.parametrize("channel_dim", [0, 1])
-def test_int8_is_within_half_a_step_of_its_channel(channel_dim: int) -> None:
+@pytest.mark.parametrize(("channel_dim", "bits"), [(0, 8), (1, 8), (0, 6), (1, 2)])
+def test_int8_is_within_half_a_step_of_its_channel(channel_dim: int, bits: int) -> None:
     weight = torch.randn(8, 6, 3, 3) * torch.logspace(-4, 3, 8).view(-1, 1, 1, 1)
-    multiples, base, relative = quantize(weight, channel_dim)  # type: ignore[misc]
+    multiples, base, relative = quantize(weight, channel_dim, bits)  # type: ignore[misc]
     assert relative.size == weight.shape[channel_dim]
     restored = dequantize(multiples, channel_dim, base, relative)
     others = [dim for dim in range(4) if dim != channel_dim]
     largest = weight.abs().amax(others, keepdim=True)
     # 3 bits of mantissa leave a scale at most an eighth above the ideal one
-    assert ((restored - weight).abs() <= largest / 127.5 * 1.125 / 2 * 1.001).all()
-    assert (multiples.abs().amax(others) >= 113).all()
+    most = 2 ** (bits - 1) - 1
+    assert ((restored - weight).abs() <= largest / (most + 0.5) * 1.125 / 2 * 1.001).all()
+    reached = multiples.abs().amax(others)
+    assert (reached >= math.floor((most + 0.5) / 1.125)).all()
+    assert (reached <= most).all()
 
 
 def test_int8_keeps_zeros_and_needs_no_luck_in_rounding() -> None:

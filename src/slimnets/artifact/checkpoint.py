@@ -15,6 +15,7 @@ def convert_checkpoint(
     path: PathLike,
     *,
     dtype: torch.dtype | None = None,
+    bits: int = 8,
     network: str | None = None,
 ) -> None:
     """Write the weights in a checkpoint of Lightning as :func:`slimnets.save` writes a network's.
@@ -27,12 +28,13 @@ def convert_checkpoint(
         path: Where to.
         dtype: As for :func:`slimnets.save`; int8 scales run along each weight's first dimension,
             as a checkpoint does not say which layers are transposed.
+        bits: As for :func:`slimnets.save`.
         network: The submodule whose weights to take, ``""`` for all. By default the student of a
             DistillationModule, and all of any other module.
 
     Raises:
         ArtifactError: If ``checkpoint`` is not a whole checkpoint.
-        ValueError: If there is no such submodule, or ``dtype`` is unknown.
+        ValueError: If there is no such submodule, or ``dtype`` or ``bits`` is unknown.
         OSError: If a file cannot be read or written.
     """
     if not isinstance(checkpoint, Mapping):
@@ -54,7 +56,7 @@ def convert_checkpoint(
     if not chosen:
         places = ", ".join(sorted({name.partition(".")[0] for name in plain}))
         raise ValueError(f"network={network!r}: the checkpoint has only {places}")
-    write(path, pack(chosen, dtype))
+    write(path, pack(chosen, dtype, bits))
 
 
 def _loaded(path: PathLike) -> Mapping[str, Any]:

@@ -116,7 +116,9 @@ class Coded(NamedTuple):
     streams: dict[str, Bytes]
 
 
-def encode(tensor: torch.Tensor, stored: torch.dtype | None = None, channel_dim: int = 0) -> Coded:
+def encode(
+    tensor: torch.Tensor, stored: torch.dtype | None = None, channel_dim: int = 0, bits: int = 8
+) -> Coded:
     """Split one tensor into streams.
 
     Args:
@@ -125,6 +127,7 @@ def encode(tensor: torch.Tensor, stored: torch.dtype | None = None, channel_dim:
             A tensor that it does not suit (not floating-point, no smaller, or not finite in it)
             is stored bit for bit, as with ``None``.
         channel_dim: The dimension of the output channels.
+        bits: Of each value that is stored as ``torch.int8``.
 
     Raises:
         TypeError: If the tensor has no plain values: sparse, quantized, meta and others.
@@ -135,22 +138,22 @@ def encode(tensor: torch.Tensor, stored: torch.dtype | None = None, channel_dim:
     if stored and tensor.is_floating_point() and stored.itemsize < tensor.dtype.itemsize:
         if stored.is_floating_point:
             values = narrow(tensor, stored)
-        elif quantized := quantize(tensor, channel_dim):
+        elif quantized := quantize(tensor, channel_dim, bits):
             values, base, parts["scales"] = quantized
             scale = (channel_dim, base)
     restored = dequantize(values, *scale, parts["scales"]) if scale else values
     exact = restored is tensor or same_bits(restored.to(tensor.dtype), tensor)
-    bits = _bits(values)
-    nonzero = bits != 0
+    raw = _bits(values)
+    nonzero = raw != 0
     nonzeros = int(np.count_nonzero(nonzero))
     layout, positions = _positions(nonzero, nonzeros)
-    if sum(map(cost, positions.values())) + nonzeros * bits.itemsize < bits.nbytes:
-        bits = bits[nonzero]
+    if sum(map(cost, positions.values())) + nonzeros * raw.itemsize < raw.nbytes:
+        raw = raw[nonzero]
         parts |= positions
     else:
-        layout, nonzeros = "dense", bits.size
+        layout, nonzeros = "dense", raw.size
     entry = Entry(tuple(tensor.shape), tensor.dtype, values.dtype, exact, layout, nonzeros, scale)
-    parts["high"], low = split(bits, floating=entry.value.is_floating_point)
+    parts["high"], low = split(raw, floating=entry.value.is_floating_point)
     parts["low"] = np.concatenate([parts["low"], low]) if "low" in parts else low
     return Coded(entry, parts)
 

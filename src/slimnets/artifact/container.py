@@ -23,6 +23,7 @@ PathLike: TypeAlias = str | os.PathLike[str]
 def pack(
     state: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None = None,
+    bits: int = 8,
     transposed: Collection[str] = (),
 ) -> bytes:
     """A state dict as the bytes of a file.
@@ -30,10 +31,11 @@ def pack(
     Args:
         state: Key to tensor.
         dtype: As for :func:`slimnets.save`.
+        bits: As for :func:`slimnets.save`.
         transposed: Keys of weights whose output channels are their second dimension.
 
     Raises:
-        ValueError: If ``dtype`` is none that is known.
+        ValueError: If ``dtype`` is none that is known, or ``bits`` does not go with it.
         TypeError: If a value of ``state`` cannot be stored.
     """
     if dtype not in (None, torch.float16, torch.bfloat16, torch.int8):
@@ -41,6 +43,10 @@ def pack(
             f"save(dtype={dtype}): expected None for bit-exact, torch.float16, torch.bfloat16 or "
             "torch.int8"
         )
+    if not isinstance(bits, int) or bits not in range(2, 9):
+        raise ValueError(f"save(bits={bits!r}): expected an int from 2 to 8, such as 6")
+    if bits != 8 and dtype is not torch.int8:
+        raise ValueError(f"save(bits={bits}, dtype={dtype}): bits are those of dtype=torch.int8")
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(
@@ -55,7 +61,7 @@ def pack(
         stored = dtype if is_weight or dtype is not torch.int8 else None
         if name not in ties:
             try:
-                coded[name] = encode(tensor, stored, channel_dim=int(name in transposed))
+                coded[name] = encode(tensor, stored, int(name in transposed), bits)
             except TypeError as error:
                 raise TypeError(f"save: {name!r}: {error}") from None
     streams = pool([*coded.values()])

@@ -19,11 +19,13 @@ def narrow(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return narrowed.masked_fill_(narrowed == 0, 0.0)
 
 
-def quantize(tensor: torch.Tensor, channel_dim: int) -> tuple[torch.Tensor, int, Bytes] | None:
-    """``tensor`` as int8 multiples of one scale per channel.
+def quantize(
+    tensor: torch.Tensor, channel_dim: int, bits: int = 8
+) -> tuple[torch.Tensor, int, Bytes] | None:
+    """``tensor`` as int8 multiples of one scale per channel, of at most ``bits`` bits each.
 
     A scale is the smallest float32 with 3 bits of mantissa that lets no value of the channel
-    exceed 127, so that one byte holds it, relative to the smallest scale of all.
+    exceed ``2**(bits - 1) - 1``, so that one byte holds it, relative to the smallest scale of all.
 
     Returns:
         The multiples, the smallest scale's code, and each channel's beyond that one; ``None`` if
@@ -38,14 +40,15 @@ def quantize(tensor: torch.Tensor, channel_dim: int) -> tuple[torch.Tensor, int,
     live = (largest > 0).numpy()
     if not live.any() or not largest.isfinite().all():
         return None
-    codes = ((largest / 127.5).numpy().view(np.uint32) >> _MANTISSA_CUT).astype(np.int64) + 1
+    most = 2 ** (bits - 1) - 1
+    codes = ((largest / (most + 0.5)).numpy().view(np.uint32) >> _MANTISSA_CUT).astype(np.int64) + 1
     base = int(codes[live].min())
     codes = np.where(live, codes - base, 0)
     if codes.max() > 255:
         return None
     relative = codes.astype(np.uint8)
     scale = _per_channel(base, relative, channel_dim, values.dim())
-    multiples = (values / scale).round_().clamp_(-127, 127)
+    multiples = (values / scale).round_().clamp_(-most, most)
     if not (multiples * scale).to(tensor.dtype).isfinite().all():
         return None
     return multiples.to(torch.int8), base, relative
