@@ -14,7 +14,7 @@ from cifar10 import Classifier
 from data import CIFAR10
 from networks import NETWORKS
 from runs import REFERENCE, Run
-from settings import Settings
+from settings import BATCHES, Settings
 from shared import machine
 from torch import nn
 
@@ -25,7 +25,6 @@ FORMS: dict[str, dict[str, Any]] = {  # arguments of slimnets.save
     "int8": {"dtype": torch.int8},
     "int6": {"dtype": torch.int8, "bits": 6},
 }
-BATCHES = (1, 64)  # that are timed
 
 
 def measured(

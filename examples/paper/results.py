@@ -17,7 +17,7 @@ from pathlib import Path
 from figures import Figures, Results, accuracies, mean, measured, speed, timed_on
 from plots import plots
 from runs import AT_ONCE, REFERENCE, RESIDUAL, SMALL, TABLES, Run
-from settings import FOLDER, Settings
+from settings import BATCHES, FOLDER, Settings
 from targets import targets
 
 Cell = Callable[[Figures], str]
@@ -103,7 +103,7 @@ def page(results: Results, pictures: dict[str, str], options: argparse.Namespace
         }
 
     sizes = {"bytes": smaller("float32"), "bytes, int8": smaller("int8")}
-    speeds = {f"speed, batch {batch}": faster(results, batch) for batch in (1, 64)}
+    speeds = {f"speed, batch {batch}": faster(results, batch) for batch in BATCHES}
     counts = {"non-zeros": "nonzeros", "MACs": "macs", "effective MACs": "effective_macs"}
     work = {title: count(key) for title, key in counts.items()}
     everything = {**basic, **rounded("int8"), **speeds}

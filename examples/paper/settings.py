@@ -8,6 +8,9 @@ from runs import REFERENCE, Run
 FOLDER = Path("lightning_logs") / "paper"
 """Where results go, if it is not said."""
 
+BATCHES = (1, 64)
+"""Images that are timed together."""
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -5,6 +5,7 @@ import statistics
 
 from figures import Figures, Results, accuracies, mean, speed
 from runs import AT_ONCE, STUDENTS, Run, factorized, pruned
+from settings import BATCHES
 
 TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
     ("gradual, 75 %", pruned(0.75, scope="global"), "float32", {"points": 0}),
@@ -49,7 +50,7 @@ def measures(results: Results, figures: Figures, form: str) -> dict[str, float]:
         "points": 100 * (own - results.reference),
         "% of the accuracy": 100 * results.relative(figures, form),
         "times fewer bytes": figures[0]["dense_bytes"] / bytes_,
-        **{f"{BATCH} {batch}": speed(figures, batch) for batch in (1, 64)},
+        **{f"{BATCH} {batch}": speed(figures, batch) for batch in BATCHES},
     }
 
 
