@@ -44,6 +44,12 @@ def test_without():
         without(layers(), as_selectors(nn.LSTM, "exclude"))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1))])
+def test_a_layer_itself_selects_nothing(layer):
+    with pytest.raises(TypeError, match=r"(?s)exclude=.*: expected a glob over layer names"):
+        as_selectors(layer, "exclude")
+
+
 def test_replace_puts_the_new_layer_wherever_the_old_one_stood():
     shared = nn.Linear(2, 2)
     network = nn.Sequential(shared, nn.ModuleDict({"again": shared}))

@@ -172,6 +172,18 @@ def test_any_loader_goes_on_from_the_end_of_an_epoch(make_trainer, tmp_path, loa
     assert_goes_on_from_each(make_trainer, tmp_path, save, loader=loader, **arguments)
 
 
+def test_persistent_workers_go_on_from_the_end_of_an_epoch(make_trainer, tmp_path):
+    def loader(dataset, **arguments):
+        return DataLoader(dataset, num_workers=1, persistent_workers=True, **arguments)
+
+    def save(folder):
+        return ModelCheckpoint(
+            folder, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True
+        )
+
+    assert_goes_on_from_each(make_trainer, tmp_path, save, loader=loader)
+
+
 def test_a_plain_loader_goes_on_where_a_stateful_one_ended_its_epoch(make_trainer, tmp_path):
     save = ModelCheckpoint(tmp_path, filename="{epoch}", save_on_train_epoch_end=True)
     fit_from(make_trainer, save, max_epochs=1)

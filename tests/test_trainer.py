@@ -1,9 +1,15 @@
 """What remaining_steps predicts is what the Trainer then does."""
 
+import math
+
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch.utils.data import DataLoader, IterableDataset
 
 from slimnets.trainer import remaining_steps
@@ -75,4 +81,27 @@ def test_a_resumed_run_from_an_epoch_or_its_middle(make_trainer, tmp_path, steps
     predict = Predict()
     trainer = make_trainer(max_epochs=3, callbacks=[predict])
     trainer.fit(Classifier(), small_data(), small_data(8), ckpt_path=tmp_path / "x.ckpt")
+    assert trainer.global_step == predict.predicted
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    ("steps", "accumulated"), [(2, 1), (6, 1), (8, 1), (12, 1), (1, 3), (2, 3)]
+)
+def test_from_a_checkpoint_that_is_saved_when_a_batch_ends(
+    make_trainer, tmp_path, steps, accumulated
+):
+    """Three of them after the last of an epoch's six batches."""
+    save = ModelCheckpoint(tmp_path, filename="saved", every_n_train_steps=steps, save_top_k=-1)
+    begun = make_trainer(
+        max_epochs=math.ceil(steps * accumulated / 6),
+        accumulate_grad_batches=accumulated,
+        callbacks=[save],
+        enable_checkpointing=True,
+    )
+    begun.fit(Classifier(), small_data(), small_data(8))
+    predict = Predict()
+    trainer = make_trainer(max_epochs=4, accumulate_grad_batches=accumulated, callbacks=[predict])
+    trainer.fit(Classifier(), small_data(), small_data(8), ckpt_path=tmp_path / "saved.ckpt")
     assert trainer.global_step == predict.predicted

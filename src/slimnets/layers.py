@@ -53,12 +53,16 @@ def as_selectors(selectors: Selectors, argument: str) -> tuple[Selector, ...]:
     Raises:
         TypeError: If one is neither a glob, nor a layer type, nor a predicate.
     """
+    if isinstance(selectors, nn.Module):  # callable, and of a Sequential iterable too
+        selectors = (selectors,)
     single = isinstance(selectors, str) or not isinstance(selectors, Iterable)
     found: tuple[Selector, ...] = (selectors,) if single else tuple(selectors)  # type: ignore[arg-type, assignment]
     for one in found:
         is_layer_type = isinstance(one, type) and issubclass(one, nn.Module)
         if not (
-            isinstance(one, str) or is_layer_type or (callable(one) and not isinstance(one, type))
+            isinstance(one, str)
+            or is_layer_type
+            or (callable(one) and not isinstance(one, type | nn.Module))
         ):
             raise TypeError(
                 f"{argument}={one!r}: expected a glob over layer names such as 'classifier.*', "

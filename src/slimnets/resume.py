@@ -199,8 +199,10 @@ def _begin_next_epoch(trainer: L.Trainer, random_state: dict[str, Any]) -> None:
         loop._combined_loader_states_to_load = []
         loop._combined_loader._load_state_dicts(places)
         iter(loop._data_fetcher)
-    else:
-        return  # the loader has begun the epoch, with the generators of on_fit_start
+    elif not any(one.persistent_workers for one in loop._combined_loader.flattened):
+        # the loader has begun the epoch, with the generators of on_fit_start; persistent workers,
+        # which draw their seed once a run, have drawn it from these
+        return
     _set_random_state(random_state)
     iter(loop._data_fetcher)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import (
@@ -94,9 +95,12 @@ def remaining_steps(trainer: L.Trainer, max_epochs: int | None) -> float:
             math.ceil(batches / accumulation(trainer, epoch))
             for epoch in range(trainer.current_epoch, max_epochs)
         )
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        if trainer.fit_loop.restarted_mid_epoch:
-            total -= progress.current.completed // accumulation(trainer, trainer.current_epoch)
+        epoch: Any = trainer.fit_loop.epoch_progress.current
+        batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        # after its last batch an epoch is processed, and counted as over, before it is completed
+        if trainer.fit_loop.restarted_mid_epoch and epoch.ready > epoch.processed:
+            # a checkpoint that is saved when a batch ends does not count it as completed
+            total -= batch.processed // accumulation(trainer, trainer.current_epoch)
     if trainer.max_steps != -1:
         total = min(total, trainer.max_steps - trainer.global_step)
     return total

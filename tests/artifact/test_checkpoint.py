@@ -103,6 +103,9 @@ def test_rounded_on_the_way(tmp_path: Path) -> None:
     assert inspect(tmp_path / "net").inexact == {"weight": torch.int8}
     rounded = load(tmp_path / "net", nn.Linear(3, 3)).weight
     assert all(len(row.abs().unique()) <= 2 for row in rounded.detach())  # 0 and one step
+    state = {"weight_orig": torch.randn(3, 3), "weight_mask": torch.eye(3)}
+    convert_checkpoint({"state_dict": state}, tmp_path / "net", dtype=torch.int8)
+    assert inspect(tmp_path / "net").inexact == {"weight_orig": torch.int8}
 
 
 class Opaque:

@@ -301,6 +301,44 @@ def test_an_exact_file_says_nothing(path: Path, log: Any) -> None:
     assert not messages(log)
 
 
+class Masked(nn.Linear):
+    """As ``torch.nn.utils.prune`` leaves a layer."""
+
+    def __init__(self) -> None:
+        super().__init__(20, 10)
+        self.register_buffer("weight_mask", (self.weight.detach() > 0).float())
+
+
+def test_masks_and_other_buffers_are_exact(path: Path) -> None:
+    network, fresh = Masked(), Masked()
+    save(network, path, dtype=torch.int8, bits=2)
+    load(path, fresh)
+    assert torch.equal(fresh.weight_mask, network.weight_mask)
+    assert not torch.equal(fresh.weight, network.weight)
+
+
+class Expands(nn.Module):
+    """Its layers are called as those of a pair, and are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 64), nn.Linear(64, 4)
+        self.conv_first, self.conv_second = nn.Conv2d(3, 40, 3), nn.Conv2d(40, 3, 3)
+
+
+def test_layers_that_are_called_first_and_second(path: Path) -> None:
+    network = nn.Sequential(Expands())
+    save(network, path)
+    assert_same(load(path, nn.Sequential(Expands())), network)
+
+
+def test_a_student_that_is_itself_a_pair(path: Path) -> None:
+    network, module = pair(3), Wrapper(nn.Linear(100, 10))
+    save(network, path)
+    assert load(path, module) is module
+    assert_same(module.student, network)
+
+
 # Failures
 
 
@@ -353,7 +391,7 @@ def test_a_rank_beyond_all_reason(path: Path) -> None:
     network[5] = pair(rank=101)
     write(path, pack(prune(network).state_dict()))
     before = snapshot(fresh)
-    with pytest.raises(ArtifactError, match=r"'5\.first\.weight': rank 101 is above full rank"):
+    with pytest.raises(ArtifactError, match=r"5\.first\.weight: \(101, 100\) and then"):
         load(path, fresh)
     assert_untouched(fresh, before)
 

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -26,6 +27,16 @@ def test_it_is_frozen_and_in_eval_mode_even_if_told_otherwise() -> None:
     torch.testing.assert_close(output, teacher(x), rtol=0, atol=0)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_a_torchscript_of_a_network_can_teach() -> None:
+    network = small_network().eval()
+    x = torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which releases of torch say in different ways
+        script = torch.jit.trace(network, x)
+    torch.testing.assert_close(Teacher(script)(x), network(x))
+    assert not any(parameter.requires_grad for parameter in script.parameters())
 
 
 def test_what_it_does_in_place_is_not_seen_outside() -> None:

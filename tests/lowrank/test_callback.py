@@ -470,3 +470,25 @@ def test_dense_weights_cannot_be_loaded_beneath_the_optimizers(make_trainer, arg
 
     with pytest.raises(RuntimeError, match=r"Missing key.*network.0.first.weight"):
         fit(make_trainer, Classifier(), [LowRank(2, **arguments), Load()])
+
+
+class Held(Classifier):
+    """Its optimizer is made before any callback runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = super().configure_optimizers()
+
+    def configure_optimizers(self):
+        return self.held
+
+
+def test_an_optimizer_of_the_layers_before_is_refused(make_trainer):
+    module = Held()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=r"replaced network\.0, .*, but SGD would go on"):
+        fit(make_trainer, module, [LowRank(r=2)])
+    assert not pairs(module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    fit(make_trainer, module, [LowRank(r=2, at=3)])  # which knows what the optimizer has
+    assert pairs(module)

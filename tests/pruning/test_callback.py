@@ -281,6 +281,57 @@ def test_the_learning_rate_finder_does_not_prune(make_trainer):
     assert watch.history[0] < 0.5 * watch.history[-1]
 
 
+class Fine(LearningRateFinder):
+    """As in Lightning's documentation: a trial in the middle of the run."""
+
+    def on_fit_start(self, trainer, pl_module):
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            self.lr_find(trainer, pl_module)
+
+
+def test_a_finder_in_the_middle_of_the_run_does_not_prune(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the trial's checkpoint
+    curves = []
+    for callbacks in [], [Fine(num_training_steps=15, max_lr=1, early_stop_threshold=None)]:
+        prune = GradualPrune(0.9, end=1.0, schedule=linear)
+        _, watch, _ = run(make_trainer, prune, LearningRate(), callbacks=callbacks, epochs=5)
+        assert prune.target_reached
+        curves.append(watch.history[-18:])  # the trial's are before
+    assert curves[0] == curves[1]
+
+
+class Writes(Classifier):
+    """Changes its weights itself, as a mean teacher does with the teacher's."""
+
+    def on_train_batch_end(self, *_):
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(0.01)
+
+
+def test_weights_that_are_written_between_steps(make_trainer):
+    class Look(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.seen = zeros(pl_module)
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            self.validated = zeros(pl_module)
+
+    look = Look()
+    module, *_ = run(make_trainer, GradualPrune(0.9), Writes(), callbacks=[look])
+    assert zeros(module) == look.seen == look.validated == expected(module, 0.9)
+
+
+def test_layers_too_small_for_so_many_zeros_are_named(make_trainer):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.Linear(32, 1))
+    network.append(nn.Linear(1, 4))
+    with pytest.warns(UserWarning, match=r"nothing will be left of '.*2\.weight', '.*3\.weight'"):
+        run(make_trainer, GradualPrune(0.99), Classifier(network))
+
+
 class LearningRate(Classifier):
     def __init__(self):
         super().__init__()

@@ -56,7 +56,8 @@ def convert_checkpoint(
     if not chosen:
         places = ", ".join(sorted({name.partition(".")[0] for name in plain}))
         raise ValueError(f"network={network!r}: the checkpoint has only {places}")
-    write(path, pack(chosen, dtype, bits))
+    masks = [name for name in chosen if name.endswith("_mask")]  # as of torch.nn.utils.prune
+    write(path, pack(chosen, dtype, bits, buffers=masks))
 
 
 def _loaded(path: PathLike) -> Mapping[str, Any]:

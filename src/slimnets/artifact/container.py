@@ -25,6 +25,7 @@ def pack(
     dtype: torch.dtype | None = None,
     bits: int = 8,
     transposed: Collection[str] = (),
+    buffers: Collection[str] = (),
 ) -> bytes:
     """A state dict as the bytes of a file.
 
@@ -33,6 +34,7 @@ def pack(
         dtype: As for :func:`slimnets.save`.
         bits: As for :func:`slimnets.save`.
         transposed: Keys of weights whose output channels are their second dimension.
+        buffers: Keys of what is no parameter.
 
     Raises:
         ValueError: If ``dtype`` is none that is known, or ``bits`` does not go with it.
@@ -56,8 +58,8 @@ def pack(
     ties = tied(state)
     coded = {}
     for name, tensor in state.items():
-        # Positions, anchors and other buffers are too delicate for eight bits.
-        is_weight = "weight" in name.rpartition(".")[2]
+        # Positions, anchors, masks and other buffers are too delicate for eight bits.
+        is_weight = "weight" in name.rpartition(".")[2] and name not in buffers
         stored = dtype if is_weight or dtype is not torch.int8 else None
         if name not in ties:
             try:

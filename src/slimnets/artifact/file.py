@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from slimnets.artifact.codec import decode, same_bits, tied
 from slimnets.artifact.container import PathLike, naming, pack, read, write
 from slimnets.artifact.streams import ArtifactError
-from slimnets.layers import compressed_network
+from slimnets.layers import compressed_network, paths_in, replace
 from slimnets.lowrank.modules import restructure
 
 _COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
@@ -32,9 +32,9 @@ def save(
             compiled by :func:`torch.compile` or not.
         path: Where to; ``.safetensors`` is the usual suffix.
         dtype: ``None`` is bit-exact. ``torch.float16`` and ``torch.bfloat16`` round all larger
-            floating-point tensors. ``torch.int8`` rounds weights of two and more dimensions to
-            multiples of one scale per output channel. A tensor that would not stay finite is
-            stored as it is.
+            floating-point tensors. ``torch.int8`` rounds parameters of two and more dimensions with
+            "weight" in their names to multiples of one scale per output channel. A tensor that
+            would not stay finite is stored as it is.
         bits: Of each value that ``torch.int8`` rounds, 2 to 8. As values are Huffman-coded, a bit
             less makes the file smaller by about a bit for each (Han, Mao and Dally 2016, arXiv
             1510.00149, have 8 in convolutions and 5 in other layers).
@@ -59,7 +59,8 @@ def save(
         if isinstance(layer, _TRANSPOSED)
     }
     state = {plain_name(name): value for name, value in network.state_dict().items()}
-    write(path, pack(state, dtype, bits, transposed))
+    buffers = {plain_name(name) for name, _ in network.named_buffers(remove_duplicate=False)}
+    write(path, pack(state, dtype, bits, transposed, buffers))
 
 
 def load(path: PathLike, model: nn.Module) -> nn.Module:
@@ -104,7 +105,10 @@ def load(path: PathLike, model: nn.Module) -> nn.Module:
         state.update(filled)
         loaded.load_state_dict(state)
     _report(path, rounded)
-    return model if loaded is network else loaded
+    if loaded is network:
+        return model
+    (place,) = paths_in(model, {"": loaded})
+    return replace(model, place, loaded)
 
 
 def plain_name(name: str) -> str:
@@ -138,7 +142,6 @@ def _modules_kept_on_error(network: nn.Module) -> Iterator[None]:
 
 
 def _restructured(network: nn.Module, shapes: Mapping[str, torch.Size]) -> nn.Module:
-    _refuse_ranks(shapes)
     compiled = [m for m in network.modules() if "_orig_mod" in m._modules]
     originals = [m._modules["_orig_mod"] for m in compiled]
     try:
@@ -148,16 +151,6 @@ def _restructured(network: nn.Module, shapes: Mapping[str, torch.Size]) -> nn.Mo
     if any(m._modules["_orig_mod"] is not o for m, o in zip(compiled, originals, strict=True)):
         raise ValueError("load: a compiled layer cannot become a low-rank pair; compile after load")
     return loaded
-
-
-def _refuse_ranks(shapes: Mapping[str, torch.Size]) -> None:
-    """Raise if a pair is larger than it can be of use, before any memory is taken for it."""
-    for name, first in shapes.items():
-        second = shapes.get(name.removesuffix("first.weight") + "second.weight")
-        if name.endswith("first.weight") and first and second is not None:
-            rank, sizes = first[0], (first.numel(), second.numel())
-            if rank * rank > min(sizes):
-                raise ArtifactError(f"{name!r}: rank {rank} is above full rank")
 
 
 def _tensors(state: Mapping[str, object]) -> dict[str, torch.Tensor]:

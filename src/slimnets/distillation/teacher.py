@@ -23,7 +23,9 @@ class Teacher:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.eval()
+        for parameter in network.parameters():  # a ScriptModule refuses requires_grad_
+            parameter.requires_grad_(False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output, without a graph, for a copy of the inputs in its own precision."""

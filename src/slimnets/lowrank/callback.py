@@ -61,7 +61,7 @@ class LowRank(L.Callback):
         TypeError: If an argument is of a wrong type.
         ValueError: If one is out of range; in ``setup``, if a glob matches nothing, a weight is
             not finite, or there is no layer yet; in ``on_train_start``, if the run ends before
-            ``at``.
+            ``at``, or an optimizer was made before ``setup``.
         NotImplementedError: In ``setup``, under a strategy that shards the weights; with ``at``,
             under one of several processes.
 
@@ -192,8 +192,13 @@ class LowRank(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the step of ``at``; log the ranks, and the number of weights before and after."""
+        """Find the step of ``at``; log the ranks, and the number of weights before and after.
+
+        Raises:
+            ValueError: If an optimizer has the weights of layers that have been replaced.
+        """
         self._stop_following()  # the optimizers have the pairs: dense weights cannot go in now
+        self._refuse_stale(trainer, pl_module)
         if self._at is not None and self._step is None and not self._done:
             self._step = resolve_at(trainer, self._at, self._max_epochs)
         self._start = trainer.global_step
@@ -269,6 +274,21 @@ class LowRank(L.Callback):
         """
         state = {"step": self._step, "done": self._done, "run": self._run}
         return {"arguments": self._arguments(), **state}
+
+    def _refuse_stale(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        gone = {p: name for name, layer in self._originals.items() for p in layer.parameters()}
+        stale = {
+            gone[parameter]: type(optimizer).__name__
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+            for parameter in set(group["params"]) & gone.keys() - set(pl_module.parameters())
+        }
+        if stale:
+            raise ValueError(
+                f"LowRank has replaced {', '.join(sorted(stale))}, but {stale.popitem()[1]} would "
+                "go on with the weights before: make optimizers and lists of parameters in "
+                "configure_optimizers, not earlier"
+            )
 
     def _put_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step > self._start:

@@ -216,9 +216,19 @@ class GradualPrune(L.Callback):
             self._grow(trainer)
         self._log(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prune what the module has written since the last step, before a checkpoint keeps it."""
+        self._keep_zeros()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same in the middle of an epoch."""
+        if self._clock.is_running:
+            self._keep_zeros()
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the target was not reached."""
         self._clock.stop()
+        self._keep_zeros()
         if self._pruner and not is_fast_dev_run(trainer):
             warn_at_end(self._pruner, max(self._clock.steps, default=0), self._clock.span)
 
@@ -265,7 +275,15 @@ class GradualPrune(L.Callback):
             warn_of_others(self.state_key, others)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the layers are known, in ``on_train_start``."""
+        """Keep the state until the layers are known, in ``on_train_start``.
+
+        In the middle of a run, go back to it at once: a finder's trial is over.
+        """
+        if self._pruner is not None and self._clock.is_running:
+            self._clock.steps = list(state_dict["steps"])
+            self._pruner.load_state_dict(state_dict["masks"])
+            self._progress = []
+            return
         self._restored = state_dict if state_dict and self._is_fitting else None
 
     def _resolve(self, trainer: L.Trainer, steps: list[int]) -> Span:
@@ -308,8 +326,11 @@ class GradualPrune(L.Callback):
     def _after_step(self, trainer: L.Trainer, index: int) -> None:
         self._follow(trainer, compressed_network(trainer.lightning_module))
         self._grow(trainer, index)
-        assert self._pruner is not None
-        self._pruner.apply(self._pruner.parameters)
+        self._keep_zeros()
+
+    def _keep_zeros(self) -> None:
+        if self._pruner is not None:
+            self._pruner.apply(self._pruner.parameters)
 
     def _follow(self, trainer: L.Trainer, network: nn.Module) -> None:
         """Take up the layers that have replaced others in the middle of the run, if any have."""

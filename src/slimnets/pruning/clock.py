@@ -41,6 +41,11 @@ class Clock:
         """Of each optimizer, how much of the span has passed; None before it begins."""
         return [self.span.progress(steps) for steps in self.steps]
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it counts."""
+        return bool(self._hooks)
+
     def start(self, optimizers: Sequence[Optimizer], after_step: Callable[[int], None]) -> None:
         """Count, and call ``after_step`` with the index of the optimizer after every step."""
         self._optimizers = list(optimizers)
@@ -53,7 +58,7 @@ class Clock:
 
     def follow(self, optimizers: Sequence[Optimizer], after_step: Callable[[int], None]) -> None:
         """Go on with ``optimizers``, if others have taken the place of those before."""
-        if self._hooks and list(map(id, optimizers)) != list(map(id, self._optimizers)):
+        if self.is_running and list(map(id, optimizers)) != list(map(id, self._optimizers)):
             self.stop()
             self.start(optimizers, after_step)
 

@@ -117,6 +117,17 @@ class Pruner:
             if self._count(names) > k
         }
 
+    def emptied(self) -> list[str]:
+        """The weights none of which will be left, as there are too few for so many zeros."""
+        if self.scope == "global":
+            return []
+        return [
+            repr(name)
+            for names, k in self._quotas(self.targets)
+            for name in names
+            if 0 < self.parameters[name].numel() <= k
+        ]
+
     def check_criterion(self) -> None:
         """Raise where the criterion is none, before anything is pruned.
 

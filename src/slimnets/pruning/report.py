@@ -29,7 +29,7 @@ def overall(pruners: Sequence[Pruner]) -> float:
 def warn_at_start(
     network: nn.Module, pruner: Pruner, sparsity: Sparsity, exclude: Sequence[Selector]
 ) -> None:
-    """Name what is left alone unasked, and what begins sparser than it is to end."""
+    """Name what is left alone unasked, what begins too sparse, and what will be empty."""
     alone: dict[str, list[str]] = {}
     layers = dict(network.named_modules())
     for name, reason in left_alone(network).items():
@@ -47,6 +47,11 @@ def warn_at_start(
             f"GradualPrune(sparsity={sparsity!r}): layers begin with more zeros than asked, which "
             f"are kept: {shares}; where these are an initialisation and no pruned weights, exclude "
             "the layer or initialise it otherwise"
+        )
+    if emptied := pruner.emptied():
+        rank_zero_warn(
+            f"GradualPrune(sparsity={sparsity!r}): nothing will be left of {', '.join(emptied)}, "
+            "and the network may become constant: exclude such small layers, or give a mapping"
         )
 
 
