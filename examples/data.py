@@ -71,7 +71,10 @@ class ImageData(L.LightningDataModule):
         images, labels = batch
         if self.augmented and self.trainer is not None and self.trainer.training:
             images = crop_and_flip(images)
-        return self.normalize(images), labels
+        images = self.normalize(images)
+        if self.trainer is not None:  # has converted the batch before, of bytes
+            images = images.to(self.trainer.lightning_module.dtype)
+        return images, labels
 
     def normalize(self, images: Tensor) -> Tensor:
         """Bytes (..., channels, height, width) as floats of about mean 0 and variance 1."""

@@ -59,7 +59,8 @@ def plot_bytes(results: Results, path: Path) -> int:
             for figures in results.found.values()
             if measured(figures, form)
         ]
-        axes.scatter(*zip(*points, strict=True), marker=marker, s=18, label=f"slimnets, {form}")
+        if points:
+            axes.scatter(*zip(*points, strict=True), marker=marker, s=18, label=f"slimnets, {form}")
     axes.scatter(
         *zip(*PAPER_POINTS.values(), strict=True), marker="x", color="black", label="the paper"
     )

@@ -169,15 +169,15 @@ All is relative to it, and it teaches whatever is distilled{answers}.
   `TAPERED` in `examples/paper/runs.py`.
 - `accuracy` is that after the last epoch, mean ± standard deviation over seeds, in per cent;
   `of dense` is its share of the reference's. `epochs` are all that the weights have seen; those
-  marked with * are more than the reference has seen, and `vgg19-then-dense` is the reference
-  trained on for as long.
+  marked with * are more than the reference has seen; `vgg19-then-dense` is the reference trained
+  on in the same way.
 - `bytes` are those of the file of `slimnets.save`, and how many times smaller it is than the dense
   network's of `torch.save` ({dense_bytes:,} bytes); `int8` is `dtype=torch.int8`, `int6` that with
   `bits=6`.
 - `speed`: how many times as fast the network of the smallest file that was measured runs through
   `slimnets.accelerate` as the dense network in eager PyTorch; medians of passes that took turns,
   on one thread{machine}.
-  The dense network itself gains from `accelerate`: that is the row `vgg19`.{elsewhere}
+  The row `vgg19` is the dense network through `accelerate`.{elsewhere}
 - MACs are the multiplications for one image; effective ones are those by weights that are not zero.
 - Learning rates of `cnn-1k` and `snn-1k` were compared on 5,000 held-out training images
   (`examples/paper/runs.py`); other settings are the paper's or guesses."""
@@ -225,6 +225,7 @@ def commands(results: Results) -> str:
             f"--{key.replace('_', '-')} {value}"
             for key, value in json.loads(options).items()
             if value != defaults.get(key)
+            or (key == "reference_epochs" and '"reference": "' in options)
         ]
         line = ["python examples/paper/reproduce.py all --only", *names, *given]
         stages = max(name.count("-then-") for name in names)

@@ -138,3 +138,21 @@ def test_a_linear_layer_on_the_width_reads_no_channels():
         model[0].weight[1], model[0].bias[1] = 0.0, 0.0
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(simplified(model, (x,))(x), model(x))
+
+
+class Running(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("state", torch.zeros(1, 4))
+
+    def forward(self, x):
+        self.state.mul_(0.5).add_(self.layer(x).mean(0, keepdim=True))
+        return self.state.clone()
+
+
+def test_a_state_begins_where_the_network_stands(tmp_path):
+    network, x = Running().eval(), torch.randn(3, 4)
+    program = torch.export.load(export(network, x, tmp_path / "net.pt2"))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), network(x))

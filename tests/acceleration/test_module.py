@@ -2,10 +2,14 @@
 
 import copy
 import pickle
+import random
 import subprocess
 import sys
+from collections import OrderedDict, deque
+from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -409,3 +413,157 @@ def test_hooks_are_called_as_before():
         found.clear()
         fast(x)
         assert found == ["0.1", "0.2", "0"]
+
+
+def body(*more: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), *more, nn.Conv2d(32, 16, 3))
+
+
+def assert_right(network, fast, *inputs):
+    with torch.no_grad():
+        for x in inputs:
+            expected = network(x.clone())
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(fast(x.clone()), expected, rtol=0, atol=1e-4 * scale)
+
+
+class Brake(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(32, 32, 1)
+
+    def forward(self, x):
+        return self.layer(x) if x.mean() > 0.5 else x
+
+
+class NormAndRelu(nn.BatchNorm2d):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Brake(),
+        nn.Sequential(nn.Conv2d(32, 32, 1), Brake()),
+        NormAndRelu(32),
+        nn.Dropout(inplace=True),
+    ],
+    ids=["control flow", "nested", "batch norm", "dropout"],
+)
+def test_the_rest_of_the_network_is_traced(module):
+    network = prune(body(module), 0.9)
+    graph = trace(network, 1)
+    assert graph is not None
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    assert called & {"2", "2.1"}
+    x = torch.randn(4, 3, 20, 20)
+    assert_right(network, accelerate(network, x), x, 100 * x)
+
+
+class Clamped(nn.Module):
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.a, self.b, self.call = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 8, 3), call
+
+    def forward(self, x):
+        h = self.a(x)
+        self.call(h)
+        return self.b(h)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda h: torch.clamp(h, -6.0, 6.0, out=h),
+        lambda h: nn.functional.hardtanh_(input=h, min_val=-6.0, max_val=6.0),
+    ],
+)
+def test_what_is_changed_by_keyword(call):
+    network, x = prune(Clamped(call), 0.9), torch.randn(2, 3, 16, 16) / 10
+    assert_right(network, accelerate(network, x), x, 1000 * x)
+
+
+class Recent(nn.Module):
+    """The mean of what it gave for this input and the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = body(), deque(maxlen=2)
+
+    def forward(self, x):
+        self.last.append(self.body(x))
+        return sum(self.last) / len(self.last)
+
+
+def test_what_is_kept_in_a_container():
+    network, x = prune(Recent(), 0.98), torch.randn(2, 3, 16, 16)
+    assert trace(network, 1) is None
+    assert not network.last  # no proxies
+    fast = accelerate(network, x)
+    for module in (network, fast):
+        module(x)
+        module(x)
+    assert_right(network, fast, 3 * x, 5 * x)
+
+
+class Chance(nn.Module):
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.layer, self.draw = nn.Conv2d(3, 8, 3), draw
+
+    def forward(self, x):
+        return self.layer(x) * self.draw()
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: float(np.random.rand())])
+def test_every_generator_is_asked_anew(draw):
+    x = torch.randn(2, 3, 8, 8)
+    fast = accelerate(Chance(draw), x)
+    assert not torch.equal(fast(x), fast(x))
+
+
+def test_the_input_is_left_as_it_was():
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body()
+
+        def forward(self, x):
+            x -= 0.5
+            return self.body(x)
+
+    network, x = prune(Centred(), 0.98), torch.randn(2, 3, 16, 16)
+    before = x.clone()
+    fast = accelerate(network, x)
+    assert torch.equal(x, before)
+    assert "changes its input" in fast.report.note
+    assert_right(network, fast, x)
+
+
+class Out(OrderedDict):
+    @property
+    def logits(self):
+        return self["logits"]
+
+
+@dataclass
+class Both:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Out, Both])
+def test_a_result_keeps_its_type(kind):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body()
+
+        def forward(self, x):
+            return kind(logits=self.body(x))
+
+    network, x = prune(Net(), 0.98), torch.randn(2, 3, 24, 24)
+    fast = accelerate(network, x)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x).logits, network(x).logits, rtol=1e-4, atol=1e-4)
+    assert type(fast(x)) is kind

@@ -4,6 +4,7 @@ import copy
 import io
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
+from dataclasses import is_dataclass
 from enum import Enum
 from types import FunctionType
 from typing import Any
@@ -120,14 +121,18 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
     Raises:
         TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
     """
-    example = positional(model, example_input)
+    example = _copied(positional(model, example_input))
     original = copy_for_inference(compressed_network(model))
     with torch.no_grad():
         original(*example)  # what is made at the first run is there at the next
         versions = versions_of(original)
+        given = _versions(example)
         expected = original(*example)
+        changed = "its input" if given != _versions(example) else ""
         if versions != versions_of(original):
-            note = "The network changes its buffers when it runs: it stays as it is."
+            changed = "its buffers"
+        if changed:
+            note = f"The network changes {changed} when it runs: it stays as it is."
             original = copy_for_inference(compressed_network(model))
             return Accelerated(original, None, example, Report(note=note))
         try:
@@ -151,6 +156,24 @@ def positional(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
             "forward; a dictionary that is one of them stands in a tuple, (dictionary,)"
         )
     return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+def _copied(value: Any) -> Any:
+    """The example, so that a network that works in place does not change the caller's."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (tuple, list):
+        return type(value)(map(_copied, value))
+    return {key: _copied(one) for key, one in value.items()} if type(value) is dict else value
+
+
+def _versions(value: Any) -> Any:
+    """What differs after a tensor in ``value`` has been changed."""
+    if isinstance(value, Tensor):
+        return 0 if value.is_inference() else value._version
+    if type(value) in (tuple, list, dict):
+        return [*map(_versions, value.values() if type(value) is dict else value)]
+    return None
 
 
 def copy_for_inference(model: nn.Module) -> nn.Module:
@@ -183,6 +206,9 @@ def _fastest(
     else:
         choice = _of_graph(graph, example)
     variants = {n: v for n, v in choice.variants.items() if same_results(v, example, expected)}
+    if not variants:
+        report.note = "Nothing that was tried computes the same: the network stays as it is."
+        return None, report
     calls: dict[str, Any] = {"PyTorch": lambda: original(*example)}
     calls.update({n: lambda v=v: v(*example) for n, v in variants.items()})
     times = fastest(calls)
@@ -245,10 +271,14 @@ def _close(found: Any, expected: Any) -> bool:
         finite = expected[expected.isfinite()].abs()
         scale = float(finite.max()) if finite.numel() else 1.0
         return torch.allclose(found, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
+    if type(found) is not type(expected):  # as a graph makes a dict of its subclasses
+        return False
     if isinstance(expected, dict):
-        same = isinstance(found, dict) and found.keys() == expected.keys()
+        same = found.keys() == expected.keys()
         return same and all(_close(found[k], v) for k, v in expected.items())
     if isinstance(expected, tuple | list):
-        same = isinstance(found, tuple | list) and len(found) == len(expected)
+        same = len(found) == len(expected)
         return same and all(_close(f, e) for f, e in zip(found, expected, strict=True))
+    if is_dataclass(expected):
+        return _close(vars(found), vars(expected))
     return bool(found == expected)

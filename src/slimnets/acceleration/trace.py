@@ -1,9 +1,14 @@
 """From a module to a graph of layers, and the layers that can be computed in another place."""
 
+import copy
 import inspect
 import operator
+import pickle
+import random
+from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -15,6 +20,14 @@ IN_PLACE_FUNCTIONS = {operator.iadd, operator.imul, operator.isub, operator.itru
 class _Tracer(fx.Tracer):
     """Traces what can be traced; a module with control flow becomes one node."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._proxies: dict[str, Any] = {}  # of parameters that are read by hand
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        self._proxies = parameter_proxy_cache
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) is nn.TransformerDecoderLayer:
             return False
@@ -25,16 +38,17 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        before = list(self.graph.nodes)
+        known, depth = set(self.graph.nodes), len(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
-            known = set(before)
             for node in reversed(list(self.graph.nodes)):
                 if node not in known:
                     self.graph.erase_node(node)
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
             self.tensor_attrs.clear()
-            self.parameter_proxy_cache.clear()  # type: ignore[attr-defined]
+            self._proxies.clear()
             name = self.path_of_module(m)
             return self.create_proxy("call_module", name, args, kwargs)
 
@@ -54,15 +68,18 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     fixed = {n: defaults[n] for n in names[arguments:]}
     if len(names) < arguments or any(value is _REQUIRED for value in fixed.values()):
         return None
-    state, attributes, versions = torch.get_rng_state(), _attributes(model), versions_of(model)
+    model = _sharing_tensors(model)  # a failure may leave proxies in its attributes
+    generators, attributes, versions = _generators(), _attributes(model), versions_of(model)
     try:
         with torch.no_grad():
             graph = _Tracer().trace(model, concrete_args=fixed or None)
     except Exception:
         return None
     unchanged = attributes == _attributes(model) and versions == versions_of(model)
-    drawn = not torch.equal(state, torch.get_rng_state())
-    torch.set_rng_state(state)
+    drawn = pickle.dumps(generators) != pickle.dumps(_generators())
+    torch.set_rng_state(torch.from_numpy(generators[0]))
+    random.setstate(generators[1])
+    np.random.set_state(generators[2])
     if drawn or not unchanged:
         return None
     for node in _placeholders(graph)[arguments:]:
@@ -103,12 +120,28 @@ def _placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
-def _attributes(model: nn.Module) -> dict[str, dict[str, int]]:
+def _sharing_tensors(model: nn.Module) -> nn.Module:
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _generators() -> tuple[Any, Any, Any]:
+    return torch.get_rng_state().numpy().copy(), random.getstate(), np.random.get_state()
+
+
+def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
     found = {}
     for name, module in model.named_modules():  # constants are the tracer's own
         own = {k: v for k, v in vars(module).items() if not k.startswith("_tensor_constant")}
-        found[name] = {k: id(v) for k, v in own.items()}
+        found[name] = {k: (id(v), _contents(v)) for k, v in own.items()}
     return found
+
+
+def _contents(value: Any) -> list[int]:
+    """Which objects a container holds, in order."""
+    if isinstance(value, dict):
+        return [*map(id, value.keys()), *map(id, value.values())]
+    return [*map(id, value)] if isinstance(value, list | tuple | set | deque) else []
 
 
 def versions_of(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -176,9 +209,12 @@ def _order_in_place(traced: fx.GraphModule) -> bool:
     for node in traced.graph.nodes:
         viewed = _viewed(node)
         roots[node] = node if viewed is None else roots[viewed]
-        if _works_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
-            changed = node.args[0]
-            others = [n for n, root in roots.items() if root is roots[changed] and n is not changed]
+        if "out" in node.kwargs:
+            return False
+        changed = node.args[0] if node.args else node.kwargs.get("input")
+        if _works_in_place(node) and isinstance(changed, fx.Node):
+            own = (changed, node)
+            others = [n for n, root in roots.items() if root is roots[changed] and n not in own]
             if any(place[user] > place[node] for other in others for user in other.users):
                 return False
             later = {user for user in changed.users if place[user] > place[node]}
@@ -229,6 +265,8 @@ def fold_batch_norm(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         norm = module_of(node)
         if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_var is None:
+            continue
+        if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d) or "forward" in vars(norm):
             continue
         if has_hooks(norm):
             continue
