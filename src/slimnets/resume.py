@@ -35,7 +35,8 @@ class ExactResume(L.Callback):
     the loader's place at the end of an epoch, and the validation and the end of an epoch that were
     still to come when a checkpoint was saved after a batch.
 
-    Not kept are generators of your own; loaders that ``reload_dataloaders_every_n_epochs`` builds
+    Not kept are generators of your own; the seeds of ``persistent_workers`` that validate in the
+    middle of an epoch; loaders that ``reload_dataloaders_every_n_epochs`` builds
     anew, unless they are plain ones built every epoch; gradients that manual optimization, or one
     of several processes, is accumulating; and what a logger has not written yet: the row of a step
     comes after the checkpoint of that step. ``on_train_start`` is called once more, and should
