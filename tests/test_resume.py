@@ -206,6 +206,15 @@ def test_another_loader_begins_its_epoch_anew(make_trainer, tmp_path):
     assert not torch.equal(whole[0], again[0])
 
 
+def test_a_checkpoint_saved_without_it_is_named(make_trainer, tmp_path):
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(Classifier(), small_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer = make_trainer(max_epochs=2, callbacks=[ExactResume()])
+    with pytest.warns(UserWarning, match="saved without ExactResume"):
+        trainer.fit(Classifier(), small_data(), ckpt_path=tmp_path / "last.ckpt")
+
+
 def test_without_it_the_run_differs(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(ExactResume, "on_fit_start", lambda *_: None)
     whole, _ = fit(make_trainer, tmp_path / "whole")

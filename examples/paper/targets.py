@@ -8,9 +8,9 @@ from runs import AT_ONCE, STUDENTS, Run, factorized, pruned
 from settings import BATCHES
 
 TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
-    ("gradual, 75 %", pruned(0.75, scope="global"), "float32", {"points": 0}),
-    ("gradual, 87.5 %", pruned(0.875, scope="global"), "float32", {"points": -0.3}),
-    ("gradual, 95 %", pruned(0.95, scope="global"), "float32", {"points": -0.5}),
+    ("gradual, 75 %", pruned(0.75, scope="global", distilled=True), "float32", {"points": 0}),
+    ("gradual, 87.5 %", pruned(0.875, scope="global", distilled=True), "float32", {"points": -0.3}),
+    ("gradual, 95 %", pruned(0.95, scope="global", distilled=True), "float32", {"points": -0.5}),
     (
         "low rank, the paper's ranks",
         factorized("paper"),

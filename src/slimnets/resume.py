@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -36,10 +37,10 @@ class ExactResume(L.Callback):
     still to come when a checkpoint was saved after a batch.
 
     Not kept are generators of your own; the seeds of ``persistent_workers`` that validate in the
-    middle of an epoch; loaders that ``reload_dataloaders_every_n_epochs`` builds
-    anew, unless they are plain ones built every epoch; gradients that manual optimization, or one
-    of several processes, is accumulating; and what a logger has not written yet: the row of a step
-    comes after the checkpoint of that step. ``on_train_start`` is called once more, and should
+    middle of an epoch; loaders that ``reload_dataloaders_every_n_epochs`` builds anew, unless they
+    are plain ones built every epoch; gradients that manual optimization, or one of several
+    processes, is accumulating; and what a logger has not written yet: the row of a step comes after
+    the checkpoint of that step. ``on_train_start`` is called once more, and should
     draw no random numbers. From the middle of an epoch, these are not kept either: generators in a
     loader's workers, if the data set draws from them; the sums behind values that are logged once
     an epoch (they are of the batches since the checkpoint); and what Lightning does after a
@@ -78,7 +79,13 @@ class ExactResume(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Call the batch completed if something is due after it, lest Lightning skips that."""
-        if checkpoint.get("callbacks", {}).get(self.state_key, {}).get("due"):
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is None and trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_warn(
+                "the checkpoint was saved without ExactResume: the run goes on with other random "
+                "numbers than it would have had"
+            )
+        elif state and state.get("due"):
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             for counts in (progress["total"], progress["current"]):
                 counts["completed"] = counts["processed"]
