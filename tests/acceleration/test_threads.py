@@ -12,6 +12,7 @@ from torch import nn
 pytest.importorskip("numba", reason="the engine is compiled by numba")
 
 from slimnets.acceleration.partition import annotate, cut
+from slimnets.acceleration.region import Region, _Plan
 from slimnets.acceleration.threads import together
 from slimnets.acceleration.trace import Recorder, trace
 
@@ -52,6 +53,22 @@ def test_any_number_of_threads_gives_the_same(batch: int) -> None:
         torch.set_num_threads(count)
         result = graph(x)
         assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_steps_are_timed_with_the_threads_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Plan, "profile", lambda *_: {"a": 1000.0, "b": 3000.0})  # in one thread
+    model, x = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU()).eval(), torch.randn(2, 3, 32, 32)
+    graph = trace(model, 1)
+    assert graph is not None
+    Recorder(graph).run(x)
+    cut(graph, annotate(graph))
+    (region,) = (module for module in graph.modules() if isinstance(module, Region))
+    assert region.profile(x) == {"a": 1000.0, "b": 3000.0}
+    torch.set_num_threads(2)
+    seconds = region.profile(x)
+    assert sum(seconds.values()) < 1000  # of a call, which takes milliseconds
+    assert seconds["b"] == pytest.approx(3 * seconds["a"])
 
 
 def test_an_error_in_another_thread_is_raised_here() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slimnets.acceleration.build import CACHE_LINE, Table, build
 from slimnets.acceleration.engine import interpret
+from slimnets.acceleration.measure import fastest
 from slimnets.acceleration.steps import Shape, Step
 from slimnets.acceleration.threads import together
 
@@ -23,6 +24,7 @@ ARENA_BYTES = 16 << 20
 MOST_SAMPLES = 256
 SHAPES_KEPT = 8
 PROFILE_RUNS = 3
+PROFILE_SECONDS = 0.2
 EVERYBODY = 1 << 40
 """More arrivals at a barrier than a table has steps for."""
 
@@ -196,13 +198,20 @@ class Region(nn.Module):
         return results[0] if len(results) == 1 else tuple(results)
 
     def profile(self, *arguments: Any) -> dict[str, float]:
-        """Seconds that each step takes for these arguments in one thread; "" are the borders."""
+        """Seconds that each step takes for these arguments; "" are the borders.
+
+        Steps are measured in one thread. What several threads gain is shared out among them all.
+        """
         seconds: dict[str, float] = {}
 
         def add(plan: _Plan, batch: int, io: Any) -> None:
             seconds.update(plan.profile(batch, io))
 
         self._forward(arguments, add)
+        if torch.get_num_threads() > 1:
+            whole = fastest({"": lambda: self(*arguments)}, PROFILE_SECONDS)[""]
+            gain = whole / sum(seconds.values())
+            seconds = {name: gain * time for name, time in seconds.items()}
         return seconds
 
     def _plan(self, tensors: Sequence[Any]) -> tuple[_Plan | None, int]:
