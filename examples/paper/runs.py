@@ -88,12 +88,15 @@ STUDENTS = ("snn-1k", "snn-10k", "cnn-1k", "cnn-10k", "alexnet", "nin")
 WIDE = ("snn-10k", "cnn-10k")
 MILD = (0.4, 0.75)
 SPARSITIES = (0.4, 0.75, 0.875, 0.9, 0.95, 0.98, 0.99)
-NARROW, RESIDUAL = "vgg19-quarter", "resnet10-small"
-KEPT = {RESIDUAL: ("0",)}
+NARROW, RESIDUAL, MEDIUM = "vgg19-quarter", "resnet10-small", "resnet10-medium"
+KEPT = {RESIDUAL: ("0",), MEDIUM: ("0",)}
 """Layers that are left dense, by network: the first convolution is small, and all rests on it."""
 
-TAPERED = {"3": 0.82, "7": 0.82, "8": 0.86, "12": 0.88, "13": 0.91, "17": 0.932, "20": 0.5}
-"""Zeros of the residual network's layers: early ones have few weights, which are used often."""
+TAPERED = {
+    RESIDUAL: {"3": 0.82, "7": 0.82, "8": 0.86, "12": 0.88, "13": 0.91, "17": 0.932, "20": 0.5},
+    MEDIUM: {"3": 0.87, "7": 0.87, "8": 0.9, "12": 0.9, "13": 0.915, "17": 0.941, "20": 0.5},
+}
+"""Zeros of residual networks' layers: early ones have few weights, which are used often."""
 
 AT_ONCE = Run(RESIDUAL, sparsity="tapered", distilled=True)
 """The combination that is compared with the paper's: all at once, on one Trainer."""
@@ -116,10 +119,13 @@ def pruned(
 
 
 def factorized(
-    rank: str | float, decomposition: Decomposition = "spatial", of: Run = REFERENCE
+    rank: str | float,
+    decomposition: Decomposition = "spatial",
+    of: Run = REFERENCE,
+    distilled: bool = False,
 ) -> Run:
     """A trained network with low-rank pairs."""
-    return Run(of.network, of, rank=rank, decomposition=decomposition)
+    return Run(of.network, of, rank=rank, decomposition=decomposition, distilled=distilled)
 
 
 def trained_on(of: Run) -> Run:
@@ -166,7 +172,11 @@ TABLES: dict[str, list[Run]] = {
         *prunings(REFERENCE),
     ],
     "gradual-cnn": prunings(SMALL),
-    "low-rank": [factorized("paper"), *factorizations(REFERENCE)],
+    "low-rank": [
+        factorized("paper"),
+        factorized("paper", distilled=True),
+        *factorizations(REFERENCE),
+    ],
     "low-rank-cnn": factorizations(SMALL),
     "students": [Run(name, distilled=taught) for name in STUDENTS for taught in (False, True)],
     "methods": [
@@ -181,6 +191,7 @@ TABLES: dict[str, list[Run]] = {
     ],
     "stacked": [  # all at once, on one Trainer
         AT_ONCE,
+        Run(MEDIUM, sparsity="tapered", distilled=True),  # wider, with as many weights
         Run(RESIDUAL, sparsity=0.91, distilled=True),
         Run(RESIDUAL, rank=0.3, sparsity=0.8, distilled=True),
         Run(RESIDUAL, distilled=True),

@@ -158,7 +158,7 @@ def methods(run: Run, prefix: str = "") -> list[L.Callback]:
     if run.sparsity:
         sparsity: Any = run.sparsity
         if run.sparsity == "tapered":
-            sparsity = {prefix + name: share for name, share in TAPERED.items()}
+            sparsity = {prefix + name: share for name, share in TAPERED[run.network].items()}
         at_once = {"begin": 0, "end": 0, "every": 1}
         span: Any = {} if run.gradual else at_once
         found.append(GradualPrune(sparsity, scope=run.scope, exclude=kept, **span))
