@@ -136,6 +136,7 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
         kinds: dict[str, dict[str, Any]] = {
             "gradual": {},
             "gradual, all weights together": {"scope": "global"},
+            "gradual, all weights together, taught": {"scope": "global", "distilled": True},
             "one-shot": {"gradual": False},
         }
         draw(
@@ -153,6 +154,7 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
         }
         if network == REFERENCE:
             curves["spatial, the paper's ranks"] = [factorized("paper")]
+            curves["spatial, the paper's ranks, taught"] = [factorized("paper", distilled=True)]
         draw(
             f"low-rank-{network.network}.png",
             f"Low rank {network.network}",

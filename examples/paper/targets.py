@@ -13,7 +13,7 @@ TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
     ("gradual, 95 %", pruned(0.95, scope="global", distilled=True), "float32", {"points": -0.5}),
     (
         "low rank, the paper's ranks",
-        factorized("paper"),
+        factorized("paper", distilled=True),
         "float32",
         {"points": 0, "times fewer bytes": 1 / 0.41, "times as fast at batch 64": 1.8},
     ),

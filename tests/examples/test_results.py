@@ -79,7 +79,14 @@ def test_the_page(tmp_path: Path) -> None:
     write(tmp_path, "vgg19-then-gradual75", 0.88, epochs=33.5, speed=3)
     write(tmp_path, "vgg19-then-gradual75global-distilled", 0.895, epochs=33.5, speed=3)
     write(tmp_path, "resnet10-small-gradualtapered-distilled", 0.891, speed=20)
-    write(tmp_path, "vgg19-then-spatialpaper", 0.91, epochs=33, speed=1.5, processor="another")
+    write(
+        tmp_path,
+        "vgg19-then-spatialpaper-distilled",
+        0.91,
+        epochs=33,
+        speed=1.5,
+        processor="another",
+    )
     for seed, (alone, taught) in enumerate(((0.6, 0.64), (0.61, 0.64), (0.62, 0.65))):
         write(tmp_path, "snn-1k", alone, seed)
         write(tmp_path, "snn-1k-distilled", taught, seed, speed=seed)
