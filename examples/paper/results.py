@@ -220,12 +220,12 @@ def commands(results: Results) -> str:
     lines = []
     defaults = {one.name: one.default for one in fields(Settings)}
     for options, runs in groups.items():
+        settings = json.loads(options)
         names = [figures[0]["run"] for figures in runs]
         given = [
             f"--{key.replace('_', '-')} {value}"
-            for key, value in json.loads(options).items()
-            if value != defaults.get(key)
-            or (key == "reference_epochs" and '"reference": "' in options)
+            for key, value in settings.items()
+            if value != defaults.get(key) or (key == "reference_epochs" and settings["reference"])
         ]
         line = ["python examples/paper/reproduce.py all --only", *names, *given]
         stages = max(name.count("-then-") for name in names)

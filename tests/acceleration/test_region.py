@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("numba", reason="the engine is compiled by numba")
 
+from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.partition import annotate, cut
 from slimnets.acceleration.region import Region
-from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace
+from slimnets.acceleration.trace import Recorder, trace
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 TOLERANCE = 1e-5

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from slimnets.acceleration.attention import traceable
+from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.module import copy_for_inference, positional, same_results
 from slimnets.acceleration.shrink import shrink
-from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace, versions_of
+from slimnets.acceleration.trace import Recorder, trace, versions_of
 from slimnets.layers import compressed_network
 
 PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript"), ".pte": ("executorch",)}

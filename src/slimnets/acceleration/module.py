@@ -14,12 +14,13 @@ from torch import Tensor, fx, nn
 
 from slimnets.acceleration.attention import traceable
 from slimnets.acceleration.choose import ENGINE, Choice, choose
+from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.inside import opaque, swap_layers
 from slimnets.acceleration.measure import fastest
 from slimnets.acceleration.pairs import has_pairs, pairs_or_products
 from slimnets.acceleration.report import Report
 from slimnets.acceleration.shrink import shrink
-from slimnets.acceleration.trace import Recorder, fold_batch_norm, trace, versions_of
+from slimnets.acceleration.trace import Recorder, trace, version_of, versions_of
 from slimnets.layers import compressed_network
 
 LEAST_GAIN = 1.05
@@ -170,7 +171,7 @@ def _copied(value: Any) -> Any:
 def _versions(value: Any) -> Any:
     """What differs after a tensor in ``value`` has been changed."""
     if isinstance(value, Tensor):
-        return 0 if value.is_inference() else value._version
+        return version_of(value)
     if type(value) in (tuple, list, dict):
         return [*map(_versions, value.values() if type(value) is dict else value)]
     return None

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 IN_PLACE_FUNCTIONS = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
 
@@ -147,7 +146,12 @@ def _contents(value: Any) -> list[int]:
 def versions_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     """What differs after a parameter or buffer of ``model`` has been changed or exchanged."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {n: (id(t), 0 if t.is_inference() else t._version) for n, t in tensors}
+    return {n: (id(t), version_of(t)) for n, t in tensors}
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often ``tensor`` has been changed in place; 0 where PyTorch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def module_of(node: fx.Node) -> nn.Module | None:
@@ -254,37 +258,6 @@ def _is_batch_size(size: Any, source: fx.Node) -> bool:
         return False
     whole = shape.target == "size" and shape.args == (source,)
     return whole or (shape.target is getattr and shape.args == (source, "shape"))
-
-
-def fold_batch_norm(traced: fx.GraphModule) -> None:
-    """Put every batch norm that follows a convolution or linear layer into its weights."""
-    uses: dict[str, int] = {}
-    for node in traced.graph.nodes:
-        if node.op == "call_module":
-            uses[node.target] = uses.get(node.target, 0) + 1
-    for node in list(traced.graph.nodes):
-        norm = module_of(node)
-        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_var is None:
-            continue
-        if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d) or "forward" in vars(norm):
-            continue
-        if has_hooks(norm):
-            continue
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or len(source.users) > 1:
-            continue
-        layer = module_of(source)
-        if uses.get(str(source.target), 0) != 1 or not is_plain(layer):
-            continue
-        if isinstance(layer, nn.Linear) and len(source.meta["shape"]) != 2:
-            continue  # the channels of the norm are the second dimension, not the last
-        fold: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        folded: nn.Module = fold(layer, norm)
-        traced.set_submodule(str(source.target), folded.requires_grad_(False))
-        node.replace_all_uses_with(source)
-        traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
 
 
 def is_plain(layer: nn.Module | None) -> bool:

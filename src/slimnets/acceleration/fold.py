@@ -1,0 +1,39 @@
+"""Batch norm of a traced network, put into the weights before it."""
+
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from slimnets.acceleration.trace import has_hooks, is_plain, module_of
+
+
+def fold_batch_norm(traced: fx.GraphModule) -> None:
+    """Put every batch norm that follows a convolution or linear layer into its weights."""
+    uses: dict[str, int] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            uses[node.target] = uses.get(node.target, 0) + 1
+    for node in list(traced.graph.nodes):
+        norm = module_of(node)
+        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_var is None:
+            continue
+        if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d) or "forward" in vars(norm):
+            continue
+        if has_hooks(norm):
+            continue
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or len(source.users) > 1:
+            continue
+        layer = module_of(source)
+        if uses.get(str(source.target), 0) != 1 or not is_plain(layer):
+            continue
+        if isinstance(layer, nn.Linear) and len(source.meta["shape"]) != 2:
+            continue  # the channels of the norm are the second dimension, not the last
+        fold: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        folded: nn.Module = fold(layer, norm)
+        traced.set_submodule(str(source.target), folded.requires_grad_(False))
+        node.replace_all_uses_with(source)
+        traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
