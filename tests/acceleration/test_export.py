@@ -156,3 +156,21 @@ def test_a_state_begins_where_the_network_stands(tmp_path):
     program = torch.export.load(export(network, x, tmp_path / "net.pt2"))
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), network(x))
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x -= 0.5
+        return self.layer(x)
+
+
+def test_the_example_is_left_as_it_was(tmp_path):
+    x = torch.randn(3, 4)
+    before = x.clone()
+    program = torch.export.load(export(Centred().eval(), x, tmp_path / "net.pt2"))
+    assert torch.equal(x, before)
+    assert program.module()(x).shape == (3, 4)

@@ -122,7 +122,7 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
     Raises:
         TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
     """
-    example = _copied(positional(model, example_input))
+    example = positional(model, example_input)
     original = copy_for_inference(compressed_network(model))
     with torch.no_grad():
         original(*example)  # what is made at the first run is there at the next
@@ -144,7 +144,7 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
 
 
 def positional(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
-    """The arguments of ``forward`` that ``example_input`` is.
+    """The arguments of ``forward`` that ``example_input`` is; copies, for it may work in place.
 
     Raises:
         TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
@@ -156,11 +156,11 @@ def positional(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
             "example_input: got a dictionary, expected a tensor or a tuple of the arguments of "
             "forward; a dictionary that is one of them stands in a tuple, (dictionary,)"
         )
-    return example_input if isinstance(example_input, tuple) else (example_input,)
+    return _copied(example_input if isinstance(example_input, tuple) else (example_input,))  # type: ignore[no-any-return]
 
 
 def _copied(value: Any) -> Any:
-    """The example, so that a network that works in place does not change the caller's."""
+    """``value`` with copies of the tensors in it."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if type(value) in (tuple, list):
