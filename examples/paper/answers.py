@@ -1,10 +1,10 @@
-"""The reference's answers to the training images, computed once and kept in files.
+"""The teachers' answers to the training images, computed once and kept in files.
 
-On a CPU its forward pass costs a hundred times what a small student's step does.
+On a CPU the reference's forward pass costs a hundred times what a small student's step does.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class AnsweredCIFAR10(CIFAR10):
         folder: Where answers are kept, below a folder of their own for each teacher and set of
             images, a file for each augmentation: what is there is not asked again, whichever images
             are held out.
-        versions: How many augmentations of an image the answer is the mean of.
+        versions: How many augmentations of an image the answers of each teacher are the mean of.
         data: As for :class:`data.CIFAR10`.
     """
 
@@ -51,20 +51,26 @@ class AnsweredCIFAR10(CIFAR10):
             super().setup(stage)
             self.whole = torch.cat([self.validation.images, self.train.images])
 
-    def ask(self, network: nn.Module) -> None:
-        """Have the answers of ``network`` to what was set up, from files or by computing them."""
+    def ask(self, networks: Sequence[nn.Module]) -> None:
+        """Have the mean answers of ``networks``, from files or by computing them."""
+        answers = [self._answers(network) for network in networks]
+        plain, augmented = (torch.stack(both).mean(0) for both in zip(*answers, strict=True))
+        self.plain, self.answers = plain, augmented[self.held_out :]
+
+    def _answers(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+        """Those to the images to measure on, and to augmentations of all others."""
         folder = self.folder / digest(
             [self.whole, self.test.images, *network.state_dict().values()]
         )
         folder.mkdir(parents=True, exist_ok=True)
         number = len(self.validation)
-        plain = folder / f"{'test' if self.validation is self.test else 'held-out'}-{number}"
-        self.plain = self._remembered(plain, network, lambda: self.validation.images)
+        stem = folder / f"{'test' if self.validation is self.test else 'held-out'}-{number}"
+        plain = self._remembered(stem, network, lambda: self.validation.images)
         versions = [
             self._remembered(folder / f"version-{v}", network, lambda v=v: self._version(v))
             for v in range(self.versions)
         ]
-        self.answers = torch.stack(versions).mean(0)[self.held_out :]
+        return plain, torch.stack(versions).mean(0)
 
     def _remembered(self, stem: Path, network: nn.Module, images: Callable[[], Tensor]) -> Tensor:
         file, partial = stem.with_suffix(".pt"), stem.with_suffix(".partial")

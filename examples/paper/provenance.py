@@ -20,12 +20,10 @@ def recorded(settings: Settings) -> dict[str, Any]:
 def unlike(run: Run, settings: Settings, before: dict[str, Any]) -> list[str]:
     """How what was recorded ``before`` for ``run`` differs from ``settings``.
 
-    Other epochs are no difference: runs go on with others that were trained for longer.
+    Other epochs and answers are no difference: runs go on with others that had more.
     """
     now = recorded(settings)
-    keys = set(now) - {"epochs", "device"}
-    if not run.distilled:
-        keys -= {"answers"}
+    keys = set(now) - {"epochs", "answers", "device"}
     if run == REFERENCE and settings.reference:
         keys = {"reference", "reference_epochs", "images", "held_out"}
     return [

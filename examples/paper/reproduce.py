@@ -29,9 +29,9 @@ from train import result  # noqa: E402
 import slimnets  # noqa: E402
 
 
-def needed(run: Run | None) -> list[Run]:
-    """The run, after those that it goes on with."""
-    return [*needed(run.of), run] if run else []
+def needed(run: Run) -> list[Run]:
+    """The run, after those that it goes on with or learns from."""
+    return [*(one for before in run.begins_with for one in needed(before)), run]
 
 
 def train_all(queue: list[tuple[Run, int]], settings: Settings) -> None:
@@ -113,9 +113,10 @@ def main(arguments: list[str] | None = None) -> None:
     left = [one for one in queue if not settings.path(*one).exists()]
     print(f"{len(queue) - len(left)} of {len(queue)} runs are finished", flush=True)
     for run, seed in (one for one in queue if one not in left):
-        epochs = result(run, seed, settings)["settings"]["epochs"]
-        if epochs != settings.epochs:
-            print(f"{run.name}, seed {seed}, stays as it is, trained with --epochs {epochs:g}")
+        before = result(run, seed, settings)["settings"]
+        for name in ("epochs", "answers"):
+            if before[name] != getattr(settings, name):
+                print(f"{run.name}, seed {seed}, stays as it was with --{name} {before[name]:g}")
     result(REFERENCE, 0, settings)
     train_all(left, settings)
     if not settings.batches:

@@ -165,8 +165,9 @@ All is relative to it, and it teaches whatever is distilled{answers}.
 - `A-then-B` is the trained network A, changed by B and trained on. `gradual75` and `oneshot75`:
   75 % zeros, reached gradually or at the first step. `spatial0.3`, `channel0.3`: layers replaced
   by low-rank pairs of 0.3 of their full rank; `spatialpaper`: of the paper's ranks.
-  `gradual75global`: of all weights together. `gradualtapered`: fewer zeros in early layers,
-  `TAPERED` in `examples/paper/runs.py`.
+  `gradual75global`: of all weights together. `gradualtapered`: fewer zeros in early layers
+  (`TAPERED` in `examples/paper/runs.py`). `distilled3`: by the reference and two more (`beside`
+  there).
 - `accuracy` is that after the last epoch, mean ± standard deviation over seeds, in per cent;
   `of dense` is its share of the reference's. `epochs` are all that the weights have seen; those
   marked with * are more than the reference has seen; `vgg19-then-dense` is the reference trained
@@ -190,14 +191,17 @@ KEPT_HERE = f"""`examples/paper/{RESIDUAL}.safetensors` is the int6 file of
 def head(results: Results) -> str:
     """What was compared with what, and what the words mean."""
     reference = results.of(REFERENCE)[0]
-    answers, held_out = results.settings["answers"], results.settings["held_out"]
+    held_out = results.settings["held_out"]
+    taught = [one for one in results.found.values() if one[0].get("distillation")]
+    answers = {one[0]["settings"]["answers"] for one in taught} - {0}
+    spelled = " or ".join(map(str, sorted(answers)))
     timed = timed_on([reference])
     elsewhere = {timed_on(one) for one in results.found.values() if results.elsewhere(one)}
     return HEAD.format(
         reference=results.reference,
         measured_on=f"{held_out:,} held-out training images" if held_out else "the test images",
         epochs=reference["epochs"],
-        answers=f", by the mean of its logits for {answers} augmentations of an image"
+        answers=f", by the mean of its logits for {spelled} augmentations of an image"
         if answers
         else "",
         dense_bytes=reference["dense_bytes"],

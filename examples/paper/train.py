@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from provenance import recorded, unlike
 from runs import DISTILLATION, KEPT, REFERENCE, TAPERED, Run
 from settings import Settings
 from shared import machine
-from torch import nn
+from torch import Tensor, nn
 
 import slimnets
 from slimnets import DistillationModule, ExactResume, GradualPrune, LowRank
@@ -48,6 +48,14 @@ class History(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on."""
         self.accuracies = state_dict["accuracies"]
+
+
+class Ensemble(nn.ModuleList):
+    """Answers with the mean of its networks' logits."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes)."""
+        return torch.stack([network(images) for network in self]).mean(0)
 
 
 def result(run: Run, seed: int, settings: Settings) -> dict[str, Any]:
@@ -105,12 +113,12 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
         network = NETWORKS[run.network]()
         load_weights(network, settings.reference)
         return network, []
-    teacher = trained(REFERENCE, seed, settings) if run.distilled else None
+    teachers = [trained(one, seed, settings) for one in run.teachers]
     begun = trained(run.of, seed, settings) if run.of else None
     L.seed_everything(seed, verbose=False)
     network = NETWORKS[run.network]() if begun is None else begun
     network.to(memory_format=torch.channels_last)  # faster on CPUs, and no slower on GPUs
-    data = _data(settings, teacher)
+    data = _data(settings, teachers)
     epochs = settings.epochs_of(run)
     limit = settings.batches or epochs / math.ceil(epochs)
     steps = settings.batches or int(limit * len(data.train_dataloader()))
@@ -118,8 +126,8 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
     assert largest is not None  # a file of weights is not trained
     optimizer = one_cycle(largest, math.ceil(epochs) * steps)
     module: L.LightningModule = Classifier(network, optimizer)
-    if teacher is not None:
-        asked = data.teacher if isinstance(data, AnsweredCIFAR10) else teacher
+    if teachers:
+        asked = data.teacher if isinstance(data, AnsweredCIFAR10) else Ensemble(teachers)
         module = DistillationModule(network, asked, optimizer=optimizer, **DISTILLATION)
 
     history, checkpoints = History(), _checkpoints(run, seed, settings)
@@ -127,7 +135,7 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
         max_epochs=math.ceil(epochs),
         limit_train_batches=limit,
         callbacks=[
-            *methods(run, "" if teacher is not None else "network."),
+            *methods(run, "" if teachers else "network."),
             history,
             ExactResume(),
             ModelCheckpoint(checkpoints, filename="{epoch}"),
@@ -157,8 +165,9 @@ def methods(run: Run, prefix: str = "") -> list[L.Callback]:
     kept = [prefix + name for name in KEPT.get(run.network, ())]
     if run.sparsity:
         sparsity: Any = run.sparsity
-        if run.sparsity == "tapered":
-            sparsity = {prefix + name: share for name, share in TAPERED[run.network].items()}
+        if isinstance(run.sparsity, str):
+            shares = TAPERED[run.sparsity][run.network]
+            sparsity = {prefix + name: share for name, share in shares.items()}
         at_once = {"begin": 0, "end": 0, "every": 1}
         span: Any = {} if run.gradual else at_once
         found.append(GradualPrune(sparsity, scope=run.scope, exclude=kept, **span))
@@ -176,12 +185,12 @@ def _checkpoints(run: Run, seed: int, settings: Settings) -> Path:
     return settings.folder / "checkpoints" / name
 
 
-def _data(settings: Settings, teacher: nn.Module | None) -> CIFAR10:
-    if not settings.answers or teacher is None:
+def _data(settings: Settings, teachers: Sequence[nn.Module]) -> CIFAR10:
+    if not (settings.answers and teachers):
         return set_up(settings)
     data = AnsweredCIFAR10(settings.folder / "answers", settings.answers, **_given(settings))
     _validate_on(data, settings)
-    data.ask(teacher)
+    data.ask(teachers)
     return data
 
 

@@ -20,6 +20,7 @@ LOGITS = [  # what the kept network gives for the images of seed 0
 ]
 PROGRAM = """
 import sys, warnings
+from dataclasses import replace
 from pathlib import Path
 warnings.simplefilter("ignore")
 import reproduce
@@ -33,6 +34,8 @@ settings = Settings(folder, images, epochs=2, reference_epochs=7, reference=refe
                     answers=1, batch_size=8, device="cpu", batches=2)
 taught = Run("cnn-1k", distilled=True)
 result(Run("cnn-1k", of=taught, sparsity=0.75, rank=0.5, distilled=True), 1, settings)
+result(Run("cnn-1k", distilled=True, beside=(taught,)), 1, settings)
+result(Run("snn-1k", distilled=True, beside=(taught,)), 1, replace(settings, answers=0))
 result(Run("cnn-1k"), 0, settings)
 results.main(["--folder", str(folder), "--out", "docs"])
 """
@@ -111,12 +114,16 @@ def test_runs_and_their_page(tmp_path: Path, images: Path) -> None:
         "vgg19-seed0.json",
         "cnn-1k-seed0.json",
         "cnn-1k-distilled-seed1.json",
+        "cnn-1k-distilled2-seed1.json",
+        "snn-1k-distilled2-seed1.json",
         last,
     }
     assert {name: one["epochs"] for name, one in found.items()} == {
         "vgg19-seed0.json": 7,
         "cnn-1k-seed0.json": 2,
         "cnn-1k-distilled-seed1.json": 2,
+        "cnn-1k-distilled2-seed1.json": 2,
+        "snn-1k-distilled2-seed1.json": 2,
         last: 4,
     }
     assert found[last]["nonzeros"] == pytest.approx(0.25 * found[last]["weights"], rel=0.001)
