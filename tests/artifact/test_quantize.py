@@ -1,6 +1,7 @@
 """Fewer bits a value: how close, and when not at all."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,21 @@ def test_int8_keeps_zeros_and_needs_no_luck_in_rounding() -> None:
     # at most 4 bits of scale times 7 of value: the product is exact in float32
     exact = dequantize(multiples.double(), 0, base, relative)
     assert torch.equal(restored.double(), exact)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_was_rounded_once_is_not_rounded_again(bits: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(2000, 5).to(dtype)
+    weight[7] = 0.0
+    once = dequantize(*_quantized(weight, bits)).to(dtype)
+    assert not torch.equal(once, weight)
+    assert torch.equal(dequantize(*_quantized(once, bits)).to(dtype), once)
+
+
+def _quantized(weight: torch.Tensor, bits: int) -> Any:
+    multiples, base, relative = quantize(weight, 0, bits)  # type: ignore[misc]
+    return multiples, 0, base, relative
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def save(
             would not stay finite is stored as it is.
         bits: Of each value that ``torch.int8`` rounds, 2 to 8. As values are Huffman-coded, a bit
             less makes the file smaller by about a bit for each (Han, Mao and Dally 2016, arXiv
-            1510.00149, have 8 in convolutions and 5 in other layers).
+            1510.00149, have 8 in convolutions and 5 in other layers). Of 6 and fewer, batch norm's
+            statistics are worth taking anew: :func:`load`, :func:`torch.optim.swa_utils.update_bn`
+            and ``save`` again, which leaves values as they are that were rounded before.
 
     Raises:
         ValueError: If ``dtype`` is none of these, or ``bits`` does not go with it.

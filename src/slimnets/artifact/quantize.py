@@ -1,11 +1,15 @@
 """Floating-point tensors in fewer bits, where one asks for it."""
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from slimnets.artifact.streams import Bytes
 
 _MANTISSA_CUT = 20  # of float32's 23 bits; what is left makes the product with an int8 exact
+_REACH = 6  # how far above the smallest scale that of values may be that had 2 bits before
 
 
 def narrow(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -25,7 +29,8 @@ def quantize(
     """``tensor`` as int8 multiples of one scale per channel, of at most ``bits`` bits each.
 
     A scale is the smallest float32 with 3 bits of mantissa that lets no value of the channel
-    exceed ``2**(bits - 1) - 1``, so that one byte holds it, relative to the smallest scale of all.
+    exceed ``2**(bits - 1) - 1``, so that one byte holds it, relative to the smallest scale of all;
+    or one that is a little larger, if all values are multiples of that, as they are of a file.
 
     Returns:
         The multiples, the smallest scale's code, and each channel's beyond that one; ``None`` if
@@ -42,27 +47,31 @@ def quantize(
         return None
     most = 2 ** (bits - 1) - 1
     codes = ((largest / (most + 0.5)).numpy().view(np.uint32) >> _MANTISSA_CUT).astype(np.int64) + 1
+    smallest = codes
+    for more in range(1, _REACH + 1):
+        scale = _scales(smallest + more, channel_dim, values.dim())
+        restored = ((values / scale).round_() * scale).to(tensor.dtype)
+        codes = np.where((restored == tensor).all(others).numpy(), smallest + more, codes)
     base = int(codes[live].min())
     codes = np.where(live, codes - base, 0)
     if codes.max() > 255:
         return None
-    relative = codes.astype(np.uint8)
-    scale = _per_channel(base, relative, channel_dim, values.dim())
+    scale = _scales(codes + base, channel_dim, values.dim())
     multiples = (values / scale).round_().clamp_(-most, most)
     if not (multiples * scale).to(tensor.dtype).isfinite().all():
         return None
-    return multiples.to(torch.int8), base, relative
+    return multiples.to(torch.int8), base, codes.astype(np.uint8)
 
 
 def dequantize(
     multiples: torch.Tensor, channel_dim: int, base: int, relative: Bytes
 ) -> torch.Tensor:
     """Undo :func:`quantize`, in float32."""
-    return multiples * _per_channel(base, relative, channel_dim, multiples.dim())
+    return multiples * _scales(base + relative.astype(np.uint32), channel_dim, multiples.dim())
 
 
-def _per_channel(base: int, relative: Bytes, channel_dim: int, dims: int) -> torch.Tensor:
-    bits = (base + relative.astype(np.uint32)) << _MANTISSA_CUT
+def _scales(codes: NDArray[np.integer[Any]], channel_dim: int, dims: int) -> torch.Tensor:
     shape = [1] * dims
     shape[channel_dim] = -1
-    return torch.from_numpy(bits.view(np.float32)).reshape(shape)
+    floats = (codes.astype(np.uint32) << _MANTISSA_CUT).view(np.float32)
+    return torch.from_numpy(floats).reshape(shape)
