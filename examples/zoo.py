@@ -26,6 +26,7 @@ COLUMNS = (
     *("network", "layers", "pruned", "factorized", "left dense, and why", "not pruned, and why"),
     *("weights", "zeros", "bytes, dense", "bytes, file", "result"),
 )
+NUMERIC = {1, 2, 3, 6, 7, 8, 9}
 
 PAGE = """# Networks of other libraries, and small ones
 
@@ -99,8 +100,7 @@ def page(outcomes: dict[str, Outcome]) -> str:
         sparsity=SPARSITY,
         tolerance=f"{TOLERANCE:g}",
     )
-    numeric = {1, 2, 3, 6, 7, 8, 9}
-    rule = "|".join("---:" if i in numeric else "---" for i in range(len(COLUMNS)))
+    rule = "|".join("---:" if i in NUMERIC else "---" for i in range(len(COLUMNS)))
     for family, rows in groupby(outcomes.items(), lambda item: item[1].family):
         lines = [f"| {' | '.join(cells(*row))} |" for row in rows]
         text += "\n".join(
@@ -137,7 +137,7 @@ def main() -> None:
     for family, rows in groupby(outcomes.items(), lambda item: item[1].family):
         table = Table(title=family, show_lines=True)
         for number, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if number in (1, 2, 3, 6, 7, 8, 9) else "left")
+            table.add_column(column, justify="right" if number in NUMERIC else "left")
         for row in rows:
             table.add_row(*cells(*row))
         console.print(table)

@@ -275,12 +275,9 @@ def torchvision_networks() -> Iterator[tuple[str, Network]]:
     vit = partial(models.VisionTransformer, 64, 16, 4, 4, 128, 256, num_classes=10)
     yield "VisionTransformer", Network("torchvision, classification", vit, partial(images, 64))
     nothing = {"weights": None, "weights_backbone": None}
-    for name, size, least in (
-        ("fasterrcnn_mobilenet_v3_large_320_fpn", 64, {"min_size": 64}),
-        ("retinanet_resnet50_fpn", 64, {"min_size": 64}),
-    ):
-        build = partial(getattr(models.detection, name), num_classes=5, **nothing, **least)
-        inputs = partial(two_pictures, size)
+    for name in ("fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn"):
+        build = partial(getattr(models.detection, name), num_classes=5, min_size=64, **nothing)
+        inputs = partial(two_pictures, 64)
         yield name, Network("torchvision, detection", build, inputs, detected)
     for name in ("lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"):
         build = partial(getattr(models.segmentation, name), num_classes=5, **nothing)

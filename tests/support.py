@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from slimnets.lowrank.modules import LowRankPair
 
 
 def small_network(*, norm: bool = True, dropout: float = 0.0) -> nn.Sequential:
@@ -108,3 +111,36 @@ def run_script(script: Path, *arguments: object, cwd: Path | None = None, **envi
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+class Endless(IterableDataset[tuple[Tensor, Tensor]]):
+    """Random images without end, and without a length."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield torch.randn(3, 8, 8), torch.tensor(0)
+
+
+class Worse(Classifier):
+    """Its validation loss only grows, as that of a network that is pruned."""
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("loss", float(self.global_step))
+
+
+def zeros(network: nn.Module) -> dict[str, int]:
+    """How many there are in each weight."""
+    return {n: int((p == 0).sum()) for n, p in network.named_parameters() if p.ndim > 1}
+
+
+def ranks(network: nn.Module) -> dict[str, int]:
+    """Of each pair."""
+    return {n: m.rank for n, m in network.named_modules() if isinstance(m, LowRankPair)}
+
+
+def assert_equal(one: nn.Module, two: nn.Module) -> None:
+    """Bit for bit, in the same order."""
+    found, expected = one.state_dict(), two.state_dict()
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

@@ -7,14 +7,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
 from slimnets import GradualPrune, after_target
-from tests.support import Classifier, small_data
-
-
-class Worse(Classifier):
-    """Its validation loss only grows, as that of a network that is pruned."""
-
-    def on_validation_epoch_end(self):
-        self.log("loss", float(self.global_step))
+from tests.support import Worse, small_data
 
 
 def fit(make_trainer, *callbacks, epochs=5):

@@ -30,8 +30,15 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from slimnets import DistillationModule, GradualPrune, LowRank, after_target, factorize
-from slimnets.lowrank import LowRankPair
-from tests.support import Backbone, Classifier, small_data, small_network
+from tests.support import (
+    Backbone,
+    Classifier,
+    Worse,
+    assert_equal,
+    ranks,
+    small_data,
+    small_network,
+)
 
 # most of the data here has no validation part
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -51,10 +58,6 @@ def distilled(student=None, **arguments):
     return DistillationModule(student, small_network(), **arguments)
 
 
-def ranks(network):
-    return {n: m.rank for n, m in network.named_modules() if isinstance(m, LowRankPair)}
-
-
 def assert_compressed(network, sparsity=SPARSITY, expected=None):
     """Exactly the ranks and, in each weight, the number of zeros that were asked for."""
     assert ranks(network) == (RANKS if expected is None else expected)
@@ -62,13 +65,6 @@ def assert_compressed(network, sparsity=SPARSITY, expected=None):
         if weight.ndim > 1:
             wanted = round(sparsity * weight.numel())
             assert int((weight == 0).sum()) == wanted, name
-
-
-def assert_equal(one, two):
-    one, two = one.state_dict(), two.state_dict()
-    assert list(one) == list(two)
-    for name, value in one.items():
-        assert torch.equal(value, two[name]), name
 
 
 class Tuned(Classifier):
@@ -376,13 +372,6 @@ def test_monitors_of_learning_rate_and_device_log_beside_ours(make_trainer, tmp_
     assert {"lr-Adam", "sparsity", "rank/7", "train/student_loss"} <= columns
     assert any(name.startswith("DeviceStatsMonitor") for name in columns)
     assert_compressed(module.student)
-
-
-class Worse(Classifier):
-    """Its validation loss only grows."""
-
-    def on_validation_epoch_end(self):
-        self.log("loss", float(self.global_step))
 
 
 def test_early_stopping_and_the_best_checkpoint_wait_for_the_whole_stack(make_trainer, tmp_path):

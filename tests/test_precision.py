@@ -11,7 +11,7 @@ from torch import nn
 import slimnets
 from slimnets import DistillationModule, GradualPrune, LowRank, factorize, merge
 from slimnets.lowrank import LowRankPair
-from tests.support import Classifier, small_data, small_network
+from tests.support import Classifier, assert_equal, small_data, small_network
 
 # Dynamo looks at it while it traces what is around the student
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -45,13 +45,6 @@ def assert_compressed(network):
     for name, weight in network.named_parameters():
         if weight.ndim > 1:
             assert int((weight == 0).sum()) == round(SPARSITY * weight.numel()), name
-
-
-def assert_equal(one, two):
-    one, two = one.state_dict(), two.state_dict()
-    assert list(one) == list(two)
-    for name, value in one.items():
-        assert torch.equal(value, two[name]), name
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,15 @@ import math
 
 import lightning as L
 import pytest
-import torch
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from slimnets.trainer import remaining_steps
-from tests.support import Classifier, small_data
+from tests.support import Classifier, Endless, small_data
 
 
 class Predict(L.Callback):
@@ -22,12 +21,6 @@ class Predict(L.Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.predicted = trainer.global_step + remaining_steps(trainer, self.max_epochs)
-
-
-class Endless(IterableDataset):
-    def __iter__(self):
-        while True:
-            yield torch.randn(3, 8, 8), torch.tensor(0)
 
 
 @pytest.mark.parametrize(

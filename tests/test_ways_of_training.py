@@ -15,10 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from slimnets import DistillationModule, GradualPrune, LowRank
-from slimnets.lowrank import LowRankPair
 from slimnets.pruning.schedules import linear, one_shot
 from tests.distillation.students import Images, Perceptron
-from tests.support import Classifier, small_data, small_network
+from tests.support import Classifier, assert_equal, ranks, small_data, small_network, zeros
 
 # most of the data here has no validation part
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -39,26 +38,11 @@ def distilled(kind=small_network, **arguments):
     return DistillationModule(student, small_network(), **arguments)
 
 
-def ranks(network):
-    return {n: m.rank for n, m in network.named_modules() if isinstance(m, LowRankPair)}
-
-
-def zeros(network):
-    return {n: int((p == 0).sum()) for n, p in network.named_parameters() if p.ndim > 1}
-
-
 def assert_compressed(network, expected=None):
     """Exactly the ranks and, in each weight, the number of zeros that were asked for."""
     assert ranks(network) == (expected or RANKS)
     for name, count in zeros(network).items():
         assert count == round(SPARSITY * network.get_parameter(name).numel()), name
-
-
-def assert_equal(one, two):
-    one, two = one.state_dict(), two.state_dict()
-    assert list(one) == list(two)
-    for name, value in one.items():
-        assert torch.equal(value, two[name]), name
 
 
 class Watch(L.Callback):

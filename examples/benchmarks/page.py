@@ -131,14 +131,7 @@ def of_files(figures: Figures, folder: Path) -> list[str]:
 
 def of_training(figures: Figures, folder: Path) -> list[str]:
     """Time and memory of training."""
-    times = Table("", "in times of", "ratio", "smallest to largest", "seconds")
-    for row in figures["rows"]:
-        spread = f"{row['smallest']:.3f} to {row['largest']:.3f}"
-        numbers = (f"{row['ratio']:.3f}", spread, f"{row['seconds']:.3f}")
-        times.add_row(row["what"], row["against"], *numbers)
-    sizes = Table("", "beyond", "bytes per prunable weight")
-    for name, share in figures["peak_bytes_per_weight"].items():
-        sizes.add_row(name, training_cost.BESIDE[name], f"{share:+.2f}")
+    times, sizes = training_cost.tables(figures)
     return [TRAINING.format(**figures), pipes(times), MEMORY, pipes(sizes), machine(figures)]
 
 

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from threading import Semaphore
+from typing import Any
 
 import lightning as L
 import torch
@@ -368,6 +369,21 @@ def memory(work: Work, names: list[str], arguments: list[str]) -> dict[str, floa
     return {name: (found[name] - found[BESIDE[name]]) / weights for name in names}
 
 
+def tables(figures: dict[str, Any]) -> tuple[Table, Table]:
+    """Times, and peaks of memory."""
+    on = ", ".join(f"{name} {number}" for name, number in figures["machine"].items())
+    times = Table("", "in times of", "ratio", "smallest to largest", "seconds")
+    times.title = f"VGG-19, batch {figures['batch']}; {figures['threads']} thread(s); {on}"
+    for row in figures["rows"]:
+        spread = f"{row['smallest']:.3f} to {row['largest']:.3f}"
+        numbers = (f"{row['ratio']:.3f}", spread, f"{row['seconds']:.3f}")
+        times.add_row(row["what"], row["against"], *numbers)
+    sizes = Table("", "beyond", "bytes per prunable weight", title="peak memory")
+    for name, share in figures["peak_bytes_per_weight"].items():
+        sizes.add_row(name, BESIDE[name], f"{share:+.2f}")
+    return times, sizes
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the tables, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -397,32 +413,21 @@ def main(arguments: list[str] | None = None) -> None:
         *updates(work, counts, min(rounds, 3)),
         *factorizing(work, min(rounds, 3)),
     ]
-    measured_on = machine("lightning")
-    times = Table(
-        title=f"VGG-19 for 32 x 32 images, batch {work.batch}",
-        caption=f"median of {rounds} rounds in turn, of three of updates and factorizing; "
-        f"{options.threads} thread(s); "
-        + ", ".join(f"{name} {number}" for name, number in measured_on.items()),
-    )
-    for heading in ("", "in times of", "ratio", "smallest to largest", "seconds"):
-        times.add_column(heading)
-    for row in rows:
-        spread = f"{row.smallest:.3f} to {row.largest:.3f}"
-        times.add_row(row.what, row.against, f"{row.ratio:.3f}", spread, f"{row.seconds:.3f}")
-    show(times)
-
     small = ["--quick"] if options.quick else ["--batch", "8"]
     names = list(BESIDE)[:1] if options.quick else list(BESIDE)
     peak = memory(work, names, [*small, "--threads", str(options.threads)])
-    sizes = Table(title="peak memory")
-    for heading in ("", "beyond", "bytes per prunable weight"):
-        sizes.add_column(heading)
-    for name, share in peak.items():
-        sizes.add_row(name, BESIDE[name], f"{share:+.2f}")
-    show(sizes)
+    figures = {
+        "threads": options.threads,
+        "batch": work.batch,
+        "machine": machine("lightning"),
+        "rows": [asdict(row) for row in rows],
+        "peak_bytes_per_weight": peak,
+    }
+    times, sizes = tables(figures)
+    times.caption = f"median of {rounds} rounds in turn, of three of updates and factorizing"
+    for one in (times, sizes):
+        show(one)
     if options.out:
-        figures = {"threads": options.threads, "batch": work.batch, "machine": measured_on}
-        figures |= {"rows": [asdict(row) for row in rows], "peak_bytes_per_weight": peak}
         keep(options.out, "training_cost", figures, times, sizes)
 
 

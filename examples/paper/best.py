@@ -20,7 +20,7 @@ import lightning as L
 import torch
 
 FOLDER = Path(__file__).parent
-sys.path += map(str, (FOLDER.parent, FOLDER.parent / "benchmarks"))  # the other examples
+sys.path.append(str(FOLDER.parent))  # the other examples
 
 from cifar10 import Classifier  # noqa: E402
 from data import CIFAR10  # noqa: E402

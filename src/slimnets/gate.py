@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from slimnets.trainer import callbacks_of
+
 C = TypeVar("C", ModelCheckpoint, EarlyStopping)
 
 
@@ -70,5 +72,4 @@ def _restore(kind: type) -> Any:
 
 
 def _is_reached(trainer: L.Trainer) -> bool:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return all(getattr(callback, "target_reached", True) for callback in callbacks)
+    return all(getattr(one, "target_reached", True) for one in callbacks_of(trainer))

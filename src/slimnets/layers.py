@@ -25,7 +25,12 @@ def compressed_network(module: nn.Module) -> nn.Module:
         >>> net = nn.Linear(2, 2)
         >>> compressed_network(net) is net
         True
+
+    Raises:
+        TypeError: If ``module`` is no module.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"model={module!r:.80}: expected an nn.Module")
     inner = getattr(module, "compressed_network", module)
     inner = getattr(inner, "_orig_mod", inner)
     return inner if inner is module else compressed_network(inner)

@@ -9,12 +9,13 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+from slimnets.trainer import accumulation
 
 
 class ExactResume(L.Callback):
@@ -135,11 +136,7 @@ class ExactResume(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Accumulate as the epoch does, whose start a run from the middle of it has not seen."""
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for one in callbacks:
-            if isinstance(one, GradientAccumulationScheduler):
-                due = one.get_accumulate_grad_batches(trainer.current_epoch)
-                trainer.accumulate_grad_batches = due
+        trainer.accumulate_grad_batches = accumulation(trainer, trainer.current_epoch)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
+from numbers import Number
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,12 @@ from torch.optim.swa_utils import AveragedModel
 from slimnets.layers import compressed_network
 
 
-def refuse_sharding(trainer: L.Trainer, callback: L.Callback) -> None:
+def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
+    """The callbacks on ``trainer``, in order."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def refuse_unsupported(trainer: L.Trainer, callback: L.Callback) -> None:
     """Raise where ``callback`` could not work, before it does anything.
 
     Raises:
@@ -41,20 +47,20 @@ def refuse_sharding(trainer: L.Trainer, callback: L.Callback) -> None:
         )
 
 
-def averaging_callbacks(
+def averages(
     trainer: L.Trainer,
-) -> list[WeightAveraging | StochasticWeightAveraging]:
-    """The callbacks on ``trainer`` that keep an averaged copy of the network."""
-    kinds = (WeightAveraging, StochasticWeightAveraging)
-    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]  # type: ignore[attr-defined]
+) -> Iterator[tuple[WeightAveraging | StochasticWeightAveraging, nn.Module]]:
+    """The callbacks on ``trainer`` that have begun to average, each with its averaged copy."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            average = callback._average_model  # neither callback has a public name for it
+            if average is not None:
+                yield callback, average
 
 
 def averaged_networks(trainer: L.Trainer) -> Iterator[nn.Module]:
     """The averaged copies of the compressed network that callbacks on ``trainer`` keep."""
-    for callback in averaging_callbacks(trainer):
-        average = callback._average_model  # neither callback has a public name for it
-        if average is None:
-            continue
+    for _, average in averages(trainer):
         yield compressed_network(unwrapped(average))
 
 
@@ -68,13 +74,12 @@ def copy_averages_anew(trainer: L.Trainer, pl_module: L.LightningModule) -> None
 
     They copy it in their own ``setup``, which may have run before ours.
     """
-    for callback in averaging_callbacks(trainer):
-        if callback._average_model is not None:
-            callback.setup(trainer, pl_module, "fit")
+    for callback, _ in averages(trainer):
+        callback.setup(trainer, pl_module, "fit")
 
 
 def remaining_steps(trainer: L.Trainer, max_epochs: int | None) -> float:
-    """Optimizer steps from here to the end of the run, under automatic optimization.
+    """Optimizer steps from here to the end of the run.
 
     Lightning's ``estimated_stepping_batches`` is wrong under a ``GradientAccumulationScheduler``,
     under ``StochasticWeightAveraging`` and for loaders without length. Ask in ``on_train_start`` or
@@ -86,8 +91,11 @@ def remaining_steps(trainer: L.Trainer, max_epochs: int | None) -> float:
             ``StochasticWeightAveraging`` raises it later, for an epoch without steps.
 
     Returns:
-        The number of steps; ``math.inf`` where it is not limited or not known.
+        The number of steps; ``math.inf`` where it is not limited or not known, as under manual
+        optimization.
     """
+    if not trainer.lightning_module.automatic_optimization:
+        return math.inf
     total: float = math.inf
     batches = trainer.num_training_batches
     if max_epochs is not None and max_epochs != -1 and not math.isinf(batches):
@@ -108,7 +116,7 @@ def remaining_steps(trainer: L.Trainer, max_epochs: int | None) -> float:
 
 def accumulation(trainer: L.Trainer, epoch: int) -> int:
     """How many batches one optimizer step takes in ``epoch``."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
     return trainer.accumulate_grad_batches
@@ -116,7 +124,7 @@ def accumulation(trainer: L.Trainer, epoch: int) -> int:
 
 def has_time_limit(trainer: L.Trainer) -> bool:
     """Whether the run may be ended by the clock, before its last step."""
-    return any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return any(isinstance(callback, Timer) for callback in callbacks_of(trainer))
 
 
 def logged_step(trainer: L.Trainer) -> int:
@@ -130,7 +138,7 @@ def spell(value: object) -> str:
         arguments = [spell(one) for one in value.args]
         arguments += [f"{name}={spell(one)}" for name, one in value.keywords.items()]
         return f"{spell(value.func)}({', '.join(arguments)})"
-    if isinstance(value, str | int | float | Mapping) or value is None:
+    if isinstance(value, str | Number | Mapping) or value is None:
         return repr(value)
     return getattr(value, "__qualname__", type(value).__qualname__)
 
@@ -147,5 +155,5 @@ def writes_summary(trainer: L.Trainer, callback: L.Callback) -> bool:
 
     A callback that compresses says so in an attribute ``compresses = True``.
     """
-    compressing = [c for c in trainer.callbacks if getattr(c, "compresses", False)]  # type: ignore[attr-defined]
+    compressing = [c for c in callbacks_of(trainer) if getattr(c, "compresses", False)]
     return bool(compressing) and compressing[0] is callback

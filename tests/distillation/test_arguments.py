@@ -23,8 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` 
     ("arguments", "error", "message"),
     [
         ({"alpha": 1.5}, ValueError, r"alpha=1.5: .* in \[0, 1\]"),
-        ({"alpha": True}, ValueError, "alpha=True"),
-        ({"alpha": "0.5"}, ValueError, "alpha='0.5'"),
+        ({"alpha": True}, TypeError, "alpha=True"),
+        ({"alpha": "0.5"}, TypeError, "alpha='0.5'"),
         ({"alpha": math.nan}, ValueError, "alpha=nan"),
         ({"temperature": 0}, ValueError, "temperature=0: .* above 0"),
         ({"loss": "soft_targets"}, TypeError, "loss='soft_targets': expected a function"),

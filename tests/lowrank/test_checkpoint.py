@@ -17,7 +17,7 @@ from torch import nn
 from slimnets import ExactResume
 from slimnets.lowrank import LowRank, LowRankPair, factorize
 from slimnets.trainer import averaged_networks
-from tests.support import Classifier, small_data, small_network
+from tests.support import Classifier, assert_equal, small_data, small_network
 
 # checkpoints lie where the test wants them
 pytestmark = [
@@ -39,13 +39,6 @@ class SaveAt(Callback):
 
 def pairs(module):
     return {n: m.rank for n, m in module.named_modules() if isinstance(m, LowRankPair)}
-
-
-def assert_equal(module, other):
-    found, expected = module.state_dict(), other.state_dict()
-    assert list(found) == list(expected)
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 def classifier(seed=0, optimizer=torch.optim.Adam, **arguments):

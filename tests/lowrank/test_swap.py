@@ -13,14 +13,14 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from slimnets import DistillationModule, ExactResume, after_target
 from slimnets.lowrank import LowRank, LowRankPair, factorize
 from slimnets.lowrank.pair import make_pair
 from slimnets.lowrank.swap import successors, take_over
 from slimnets.trainer import averaged_networks
-from tests.support import CalledModule, Classifier, small_data, small_network
+from tests.support import CalledModule, Classifier, Endless, assert_equal, small_data, small_network
 
 # checkpoints lie where the test wants them
 pytestmark = [
@@ -47,13 +47,6 @@ def run(make_trainer, module, callbacks, epochs=3, ckpt_path=None, **arguments):
         module, small_data(shuffle=True), small_data(8), ckpt_path=ckpt_path, weights_only=False
     )
     return trainer
-
-
-def assert_equal(module, other):
-    found, expected = module.state_dict(), other.state_dict()
-    assert list(found) == list(expected)
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 class Record(Callback):
@@ -291,12 +284,6 @@ def test_manual_optimization_with_two_optimizers(make_trainer):
     assert "critic" in pairs(module)
     with pytest.raises(ValueError, match=r"at=0\.5 is a fraction .* not known"):
         run(make_trainer, Gan(), [LowRank(1, at=0.5)])
-
-
-class Endless(IterableDataset):
-    def __iter__(self):
-        while True:
-            yield torch.randn(3, 8, 8), 0
 
 
 def test_a_loader_without_length(make_trainer):

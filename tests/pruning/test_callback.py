@@ -20,17 +20,13 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from slimnets import GradualPrune, LowRank
 from slimnets.pruning import linear, one_shot, random
-from tests.support import CalledModule, Classifier, small_data, small_network
+from tests.support import CalledModule, Classifier, Endless, small_data, small_network, zeros
 
 WEIGHTS = ["0.weight", "3.weight", "7.weight", "9.weight"]
-
-
-def zeros(module):
-    return {n: int((p == 0).sum()) for n, p in module.named_parameters() if p.ndim > 1}
 
 
 def expected(module, sparsity):
@@ -436,12 +432,6 @@ def test_manual_optimization_needs_ints(make_trainer, argument):
     with pytest.raises(ValueError, match=rf"{argument}=0.5 is a fraction of the run.*ints"):
         run(make_trainer, GradualPrune(0.5, **arguments), module)
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
-
-
-class Endless(IterableDataset):
-    def __iter__(self):
-        while True:
-            yield torch.randn(3, 8, 8), torch.tensor(0)
 
 
 def test_a_loader_without_length(make_trainer):

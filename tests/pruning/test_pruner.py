@@ -8,11 +8,7 @@ from slimnets import prune
 from slimnets.pruning import magnitude, random
 from slimnets.pruning.pruner import Pruner
 from slimnets.pruning.weights import target_sparsity
-from tests.support import small_network
-
-
-def zeros(network):
-    return {n: int((p == 0).sum()) for n, p in network.named_parameters() if p.ndim > 1}
+from tests.support import small_network, zeros
 
 
 def pruner_of(network, sparsity=0.9, **arguments):

@@ -5,14 +5,13 @@ exchanged; ``nn.MultiheadAttention`` does so with its projections. What stands i
 where it does not know what to do, and ``Accelerated`` then asks PyTorch.
 """
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod, remove
 
 from slimnets.acceleration import attend
-from slimnets.acceleration.trace import has_hooks
+from slimnets.acceleration.trace import has_hooks, sharing_tensors
 from slimnets.layers import replace
 
 
@@ -224,8 +223,7 @@ def traceable(model: nn.Module) -> nn.Module:
 
     Masks of ``torch.nn.utils.prune`` are written into the weights.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    copied = copy.deepcopy(model, {id(t): t for t in tensors})
+    copied = sharing_tensors(model)
     for module in copied.modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, BasePruningMethod):

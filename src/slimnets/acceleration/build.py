@@ -90,7 +90,7 @@ class _Builder:
         for number, (value, _) in enumerate(self.inputs):
             self._border(codes.IMPORT, number, value)
         for i, step in enumerate(self.steps):
-            getattr(self, f"_{type(step).__name__.lower()}")(step)
+            self._step(step)
             for source in set(step.sources) | {step.target}:
                 if self.last_use.get(source, -1) <= i:
                     self._release(source)
@@ -168,6 +168,21 @@ class _Builder:
         layout, s = self._layout(value), self.shapes[value]
         place = [layout.plane, layout.row, layout.base]
         self._emit([code, number, at, s.channels, s.height, s.width, self.samples, *place])
+
+    def _step(self, step: Step) -> None:
+        match step:
+            case Conv():
+                self._conv(step)
+            case Linear():
+                self._linear(step)
+            case Pool():
+                self._pool(step)
+            case Add():
+                self._add(step)
+            case Clamp():
+                self._clamp(step)
+            case Concat():
+                self._concat(step)
 
     def _linear(self, step: Linear) -> None:
         image = self.shapes[step.sources[0]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from slimnets.acceleration.dense import csr, exchange, following_relu, packed
-from slimnets.acceleration.measure import fastest
+from slimnets.acceleration.measure import shortest_times
 from slimnets.acceleration.report import Row
 from slimnets.acceleration.trace import Recorder, is_plain, module_of
 
@@ -41,13 +41,6 @@ class _Layer:
     argument: Tensor
     times: dict[str, float] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
-    relu: bool = False
-
-    @property
-    def zeros(self) -> float:
-        """Share of the weights that are zero."""
-        weight = self.layer.weight
-        return 1.0 - int(torch.count_nonzero(weight)) / max(1, int(weight.numel()))
 
     @property
     def outside(self) -> str:
@@ -59,7 +52,7 @@ class _Layer:
 class Choice:
     """The variants of a graph, and what they compute the layers with."""
 
-    variants: dict[str, Callable[..., Any]]
+    variants: dict[str, nn.Module]
     rows: dict[str, list[Row]]
     layers: dict[str, float] = field(default_factory=dict)  # name: seconds of the fastest choice
 
@@ -67,14 +60,14 @@ class Choice:
 def choose(
     traced: fx.GraphModule, arguments: tuple[Any, ...], removed: Mapping[str, int] = NOTHING
 ) -> Choice:
-    """Variants of ``traced`` whose shapes have been recorded on ``arguments``.
+    """Variants of ``traced``, each layer timed on what it reads when ``arguments`` are given.
 
     ``removed`` tells how many channels layers have lost, for the report.
     """
     layers = _layers(traced, arguments)
     for layer in layers.values():
         _time_outside(layer)
-    variants: dict[str, Callable[..., Any]] = {}
+    variants: dict[str, nn.Module] = {}
     rows: dict[str, list[Row]] = {}
 
     def add(name: str, graph: fx.GraphModule | None, inside: set[str]) -> None:
@@ -105,6 +98,11 @@ def choose(
     return Choice(variants, rows, best)
 
 
+def share_of_zeros(layer: Any) -> float:
+    """Share of the weights of ``layer`` that are zero."""
+    return 1.0 - int(layer.weight.count_nonzero()) / max(1, int(layer.weight.numel()))
+
+
 def _layers(traced: fx.GraphModule, arguments: tuple[Any, ...]) -> dict[str, _Layer]:
     recorder = Recorder(traced)
     recorder.run(*arguments)
@@ -116,15 +114,15 @@ def _layers(traced: fx.GraphModule, arguments: tuple[Any, ...]) -> dict[str, _La
 
 
 def _time_outside(one: _Layer) -> None:
-    one.relu = following_relu(one.node) is not None
-    one.modules = {"dense, packed": packed(one.layer, one.argument, one.relu)}  # type: ignore[dict-item]
-    if one.zeros >= CSR_FROM:
-        one.modules["CSR"] = csr(one.layer, one.argument, one.relu)  # type: ignore[assignment]
-    one.modules = {k: v for k, v in one.modules.items() if v is not None}
+    relu = following_relu(one.node) is not None
+    made = {"dense, packed": packed(one.layer, one.argument, relu)}
+    if share_of_zeros(one.layer) >= CSR_FROM:
+        made["CSR"] = csr(one.layer, one.argument, relu)
+    one.modules = {name: module for name, module in made.items() if module is not None}
     calls: dict[str, Callable[[], Any]] = {EAGER: lambda: one.layer(one.argument)}
     for name, module in one.modules.items():
         calls[name] = lambda module=module: module(one.argument)  # type: ignore[misc]
-    one.times = fastest(calls, FEW_SECONDS)
+    one.times = shortest_times(calls, FEW_SECONDS)
 
 
 def _variant(traced: fx.GraphModule, layers: dict[str, _Layer], inside: set[str]) -> fx.GraphModule:
@@ -184,4 +182,4 @@ def _row(one: _Layer, choice: str, removed: Mapping[str, int]) -> Row:
     name = str(one.node.target)
     if name in removed:
         choice = f"{choice}, {removed[name]} channels removed"
-    return Row(name, kind, one.zeros, choice, before * 1e3, after * 1e3)
+    return Row(name, kind, share_of_zeros(one.layer), choice, before * 1e3, after * 1e3)

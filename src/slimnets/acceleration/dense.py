@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from slimnets.acceleration.trace import has_hooks, module_of
+from slimnets.acceleration.trace import is_unaltered, module_of
 
 
 class PackedConv2d(nn.Module):
@@ -135,7 +135,7 @@ def following_relu(node: fx.Node) -> fx.Node | None:
     user = next(iter(node.users))
     is_relu = user.target in (F.relu, torch.relu, "relu") and len(user.args) == 1
     module = module_of(user)
-    plain = type(module) is nn.ReLU and not has_hooks(module)
+    plain = type(module) is nn.ReLU and is_unaltered(module)
     return user if (is_relu and user.args == (node,)) or plain else None
 
 

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from slimnets.acceleration.attention import traceable
-from slimnets.acceleration.fold import fold_batch_norm
-from slimnets.acceleration.module import copy_for_inference, positional, same_results
-from slimnets.acceleration.shrink import shrink
-from slimnets.acceleration.trace import Recorder, trace, versions_of
+from slimnets.acceleration.prepare import (
+    copy_for_inference,
+    graph_of,
+    positional,
+    same_results,
+    simplify,
+)
+from slimnets.acceleration.trace import versions_of
 from slimnets.layers import compressed_network
 
 PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript"), ".pte": ("executorch",)}
@@ -63,14 +67,10 @@ def simplified(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
     expected = original(*example)
     if versions != versions_of(original):  # the file has to begin where the model stands
         return copy_for_inference(model)
-    graph = trace(traceable(original), len(example))
-    if graph is None or not same_results(graph, example, expected):
+    graph = graph_of(traceable(original), example, expected)
+    if graph is None:
         return original
-    Recorder(graph).run(*example)
-    fold_batch_norm(graph)
-    Recorder(graph).run(*example)
-    shrink(graph)
-    graph.recompile()
+    simplify(graph, example)
     return graph if same_results(graph, example, expected) else original
 
 

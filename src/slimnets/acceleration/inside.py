@@ -3,17 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from slimnets.acceleration.attention import Swapped
-from slimnets.acceleration.choose import EAGER, choose
-from slimnets.acceleration.measure import fastest
+from slimnets.acceleration.choose import EAGER, FEW_SECONDS, choose, share_of_zeros
+from slimnets.acceleration.measure import shortest_times
+from slimnets.acceleration.prepare import same_results
 from slimnets.acceleration.report import Row
-from slimnets.acceleration.trace import Recorder, is_plain, trace
+from slimnets.acceleration.trace import is_plain, trace
 from slimnets.layers import replace
 
-FEW_SECONDS = 0.2
 LEAST_GAIN = 1.1
 
 
@@ -47,25 +46,21 @@ def swap_layers(module: nn.Module, arguments: tuple[Any, ...], prefix: str = "")
 
 
 def _faster(layer: nn.Module, x: Tensor) -> tuple[nn.Module | None, Any]:
-    graph = trace(nn.Sequential(layer).eval(), 1)
+    graph = trace(layer, 1)
     assert graph is not None
-    Recorder(graph).run(x)
-    choice = choose(graph, (x,))
+    choice, expected = choose(graph, (x,)), layer(x)
     calls: dict[str, Callable[[], Any]] = {EAGER: lambda: layer(x)}
-    expected = layer(x)
     for name, variant in choice.variants.items():
-        limit = 1e-4 * float(expected.abs().max())
-        if torch.allclose(variant(x), expected, rtol=0, atol=limit):
+        if same_results(variant, (x,), expected):
             calls[name] = lambda variant=variant: variant(x)  # type: ignore[misc]
-    times = fastest(calls, FEW_SECONDS)
+    times = shortest_times(calls, FEW_SECONDS)
     best = min(times, key=times.__getitem__)
     rows = {name: found[0] for name, found in choice.rows.items() if found}
-    zeros = 1.0 - int(torch.count_nonzero(layer.weight)) / max(1, layer.weight.numel())  # type: ignore[arg-type, operator]
     if best == EAGER or times[best] * LEAST_GAIN > times[EAGER]:
         best = EAGER
     what = rows[best].choice if best in rows else EAGER
-    row = (type(layer).__name__, zeros, what, times[EAGER] * 1e3, times[best] * 1e3)
-    return (None if best == EAGER else choice.variants[best]), row  # type: ignore[return-value]
+    row = (type(layer).__name__, share_of_zeros(layer), what, times[EAGER] * 1e3, times[best] * 1e3)
+    return (None if best == EAGER else choice.variants[best]), row
 
 
 def opaque(graph: fx.GraphModule) -> dict[str, nn.Module]:

@@ -19,7 +19,7 @@ from slimnets.acceleration.steps import (
     Pool,
     Step,
 )
-from slimnets.acceleration.trace import has_hooks, is_plain, module_of
+from slimnets.acceleration.trace import is_plain, is_unaltered, module_of
 
 LEAST_ZEROS = 0.3
 SMALL = 10_000
@@ -70,7 +70,7 @@ def _source(node: fx.Node) -> fx.Node:
 
 
 def _of_module(node: fx.Node, m: nn.Module) -> Known | None:
-    if has_hooks(m) or "forward" in vars(m) or node.kwargs:
+    if not is_unaltered(m) or node.kwargs:
         return None
     source = _source(node)
     form = form_of(source)
@@ -195,7 +195,7 @@ def _sum(node: fx.Node) -> Known | None:
     forms = forms or {f for f in map(form_of, sources) if f}
     if len(forms) != 1 or any("form" in s.meta and not _agrees(s, sources) for s in sources):
         return None
-    return sources, lambda values, target: Add(values, target), forms.pop()
+    return sources, Add, forms.pop()
 
 
 def _agrees(source: fx.Node, sources: Sequence[fx.Node]) -> bool:
@@ -211,7 +211,7 @@ def _concat(node: fx.Node) -> Known | None:
         return None
     if any(not isinstance(s, fx.Node) or form_of(s) != "image" for s in sources):
         return None
-    return list(sources), lambda values, target: Concat(values, target), "image"
+    return list(sources), Concat, "image"
 
 
 def _flatten(source: Any, form: Form | None) -> Known | None:
@@ -287,7 +287,6 @@ def _max_pool(
 ) -> Make:
     if return_indices:
         raise ValueError
-    stride = kernel_size if stride is None else stride
     return _pool(True, kernel_size, stride, padding, dilation, ceil_mode)
 
 

@@ -8,7 +8,9 @@ ROUNDS = 7
 SECONDS = 1.5
 
 
-def fastest(calls: Mapping[str, Callable[[], Any]], seconds: float = SECONDS) -> dict[str, float]:
+def shortest_times(
+    calls: Mapping[str, Callable[[], Any]], seconds: float = SECONDS
+) -> dict[str, float]:
     """The shortest time of each call, in seconds; every call runs at least twice."""
     best = {}
     for name, call in calls.items():

@@ -1,10 +1,6 @@
 """The accelerated network, and the way there."""
 
-import copy
-import io
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr
-from dataclasses import is_dataclass
+from collections.abc import Callable
 from enum import Enum
 from types import FunctionType
 from typing import Any
@@ -13,23 +9,24 @@ import torch
 from torch import Tensor, fx, nn
 
 from slimnets.acceleration.attention import traceable
-from slimnets.acceleration.choose import ENGINE, Choice, choose
-from slimnets.acceleration.fold import fold_batch_norm
+from slimnets.acceleration.choose import EAGER, ENGINE, Choice, choose
 from slimnets.acceleration.inside import opaque, swap_layers
-from slimnets.acceleration.measure import fastest
+from slimnets.acceleration.measure import shortest_times
 from slimnets.acceleration.pairs import has_pairs, pairs_or_products
+from slimnets.acceleration.prepare import (
+    copy_for_inference,
+    graph_of,
+    positional,
+    same_results,
+    simplify,
+)
 from slimnets.acceleration.report import Report
-from slimnets.acceleration.shrink import shrink
-from slimnets.acceleration.trace import Recorder, trace, version_of, versions_of
+from slimnets.acceleration.trace import version_of, versions_of
 from slimnets.layers import compressed_network
 
 LEAST_GAIN = 1.05
 BY_VALUE = (int, float, str, bool, type(None), Enum, torch.dtype, type, FunctionType)
 """Arguments that a network may ask which one they are, unseen by the tracer."""
-
-TOLERANCE = 1e-4
-"""Largest difference from PyTorch's result that is taken for rounding, as a share of its largest
-value."""
 
 
 class Accelerated(nn.Module):
@@ -116,8 +113,8 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
             sizes and image sizes work.
 
     Returns:
-        A module that computes the same in eval mode (up to rounding, see ``docs``), with what was
-        chosen in its ``report``.
+        A module that computes the same in eval mode (up to rounding, see
+        ``docs/acceleration.md``), with what was chosen in its ``report``.
 
     Raises:
         TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
@@ -143,31 +140,6 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
     return Accelerated(original, fast, example, report)
 
 
-def positional(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
-    """The arguments of ``forward`` that ``example_input`` is; copies, for it may work in place.
-
-    Raises:
-        TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected an nn.Module")
-    if isinstance(example_input, Mapping):
-        raise TypeError(
-            "example_input: got a dictionary, expected a tensor or a tuple of the arguments of "
-            "forward; a dictionary that is one of them stands in a tuple, (dictionary,)"
-        )
-    return _copied(example_input if isinstance(example_input, tuple) else (example_input,))  # type: ignore[no-any-return]
-
-
-def _copied(value: Any) -> Any:
-    """``value`` with copies of the tensors in it."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (tuple, list):
-        return type(value)(map(_copied, value))
-    return {key: _copied(one) for key, one in value.items()} if type(value) is dict else value
-
-
 def _versions(value: Any) -> Any:
     """What differs after a tensor in ``value`` has been changed."""
     if isinstance(value, Tensor):
@@ -177,29 +149,15 @@ def _versions(value: Any) -> Any:
     return None
 
 
-def copy_for_inference(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose parameters need no gradient."""
-    trainer = getattr(model, "_trainer", None)
-    # not the Trainer of a LightningModule
-    memo: dict[int, Any] = {} if trainer is None else {id(trainer): None}
-    for module in model.modules():  # weights that hooks compute cannot be copied with their history
-        memo.update({id(t): t.detach().clone() for t in vars(module).values() if _has_history(t)})
-    return copy.deepcopy(model, memo).eval().requires_grad_(False)
-
-
-def _has_history(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_leaf
-
-
 def _fastest(
     original: nn.Module, example: tuple[Any, ...], expected: Any
 ) -> tuple[nn.Module | None, Report]:
     report = Report(threads=torch.get_num_threads())
     network = traceable(original)
-    graph = _graph(network, example, expected)
+    graph = graph_of(network, example, expected)
     if graph is not None and has_pairs(network):
         network = pairs_or_products(network, lambda n: _times(n, example, expected))
-        graph = _graph(network, example, expected)
+        graph = graph_of(network, example, expected)
     if graph is None:
         rows = swap_layers(network, example)
         choice = Choice({"layers": network}, {"layers": rows})
@@ -210,76 +168,36 @@ def _fastest(
     if not variants:
         report.note = "Nothing that was tried computes the same: the network stays as it is."
         return None, report
-    calls: dict[str, Any] = {"PyTorch": lambda: original(*example)}
+    calls: dict[str, Any] = {EAGER: lambda: original(*example)}
     calls.update({n: lambda v=v: v(*example) for n, v in variants.items()})
-    times = fastest(calls)
+    times = shortest_times(calls)
     best = min(times, key=times.__getitem__)
-    if times[best] * LEAST_GAIN > times["PyTorch"]:
-        best = "PyTorch"
-    report.before, report.after = times["PyTorch"] * 1e3, times[best] * 1e3
+    if times[best] * LEAST_GAIN > times[EAGER]:
+        best = EAGER
+    report.before, report.after = times[EAGER] * 1e3, times[best] * 1e3
     report.tried = {name: seconds * 1e3 for name, seconds in times.items()}
     report.rows = choice.rows.get(best, [])
-    if best == "PyTorch":
+    if best == EAGER:
         report.note = "Nothing that was tried is faster: the network stays as it is."
         return None, report
     if not ENGINE:
         report.note = "Numba is missing, and with it the sparse kernel: pip install slimnets[fast]"
-    return variants[best], report  # type: ignore[return-value]
-
-
-def _graph(network: nn.Module, example: tuple[Any, ...], expected: Any) -> fx.GraphModule | None:
-    graph = trace(network, len(example))
-    return graph if graph is not None and same_results(graph, example, expected) else None
+    return variants[best], report
 
 
 def _times(network: nn.Module, example: tuple[Any, ...], expected: Any) -> dict[str, float]:
     """Seconds of the fastest choice for each layer; nothing if the network cannot be traced."""
-    graph = _graph(network, example, expected)
+    graph = graph_of(network, example, expected)
     return {} if graph is None else _of_graph(graph, example).layers
 
 
 def _of_graph(graph: fx.GraphModule, example: tuple[Any, ...]) -> Choice:
-    recorder = Recorder(graph)
-    recorder.run(*example)
-    fold_batch_norm(graph)
-    Recorder(graph).run(*example)
-    removed = shrink(graph)
+    arguments, removed = simplify(graph, example)
     rows = []
     for name, module in opaque(graph).items():
-        if name in recorder.opaque:
-            rows += swap_layers(module, recorder.opaque[name], f"{name}.")
-    Recorder(graph).run(*example)
+        if name in arguments:
+            rows += swap_layers(module, arguments[name], f"{name}.")
     choice = choose(graph, example, removed)
-    all_rows = {n: [*r, *rows] for n, r in choice.rows.items()}
-    return Choice(choice.variants, all_rows, choice.layers)
-
-
-def same_results(variant: Callable[..., Any], example: tuple[Any, ...], expected: Any) -> bool:
-    """Whether ``variant`` computes what was ``expected`` of ``example``, up to rounding."""
-    try:
-        with redirect_stderr(io.StringIO()):  # torch.fx prints what went wrong before it raises
-            return _close(variant(*example), expected)
-    except Exception:
-        return False
-
-
-def _close(found: Any, expected: Any) -> bool:
-    if isinstance(expected, Tensor):
-        if not isinstance(found, Tensor) or found.shape != expected.shape:
-            return False
-        if not expected.is_floating_point():
-            return torch.equal(found, expected)
-        finite = expected[expected.isfinite()].abs()
-        scale = float(finite.max()) if finite.numel() else 1.0
-        return torch.allclose(found, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
-    if type(found) is not type(expected):  # as a graph makes a dict of its subclasses
-        return False
-    if isinstance(expected, dict):
-        same = found.keys() == expected.keys()
-        return same and all(_close(found[k], v) for k, v in expected.items())
-    if isinstance(expected, tuple | list):
-        same = len(found) == len(expected)
-        return same and all(_close(f, e) for f, e in zip(found, expected, strict=True))
-    if is_dataclass(expected):
-        return _close(vars(found), vars(expected))
-    return bool(found == expected)
+    for found in choice.rows.values():
+        found.extend(rows)
+    return choice

@@ -1,15 +1,15 @@
 """Cuts the nodes that the engine is to compute out of a graph, as regions."""
 
-from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
-from torch.fx.passes.operator_support import OperatorSupportBase
+from torch.fx.passes.operator_support import create_op_support
 
 from slimnets.acceleration.lower import form_of, known
 from slimnets.acceleration.region import Port, Region
-from slimnets.acceleration.steps import INFINITY, Add, Clamp, Conv, Linear, Step
+from slimnets.acceleration.steps import INFINITY, Add, Clamp, Concat, Conv, Linear, Step
 from slimnets.acceleration.trace import is_plain, module_of
 
 
@@ -24,23 +24,16 @@ def annotate(traced: fx.GraphModule) -> set[fx.Node]:
         sources, _, node.meta["form"] = result
         node.meta["vector"] = (
             isinstance(module_of(node), nn.Linear)
-            or node.target == "mean"
+            or node.target in ("mean", torch.mean)
             or (node.meta["form"] == "features" and all(s.meta.get("vector") for s in sources))
         )
     return found
 
 
-class _Chosen(OperatorSupportBase):
-    def __init__(self, names: set[str]) -> None:
-        self.names = names
-
-    def is_node_supported(self, submodules: Mapping[str, nn.Module], node: fx.Node) -> bool:
-        return node.name in self.names
-
-
 def cut(traced: fx.GraphModule, nodes: set[fx.Node]) -> dict[str, Region]:
     """Replace ``nodes`` of ``traced`` by regions, which are returned by their names."""
-    chosen = _Chosen({node.name for node in nodes})
+    names = {node.name for node in nodes}
+    chosen = create_op_support(lambda _, node: node.name in names)
     partitioner = CapabilityBasedPartitioner(traced, chosen, allows_single_node_partition=True)
     partitions = [
         p for p in partitioner.propose_partitions() if any(is_plain(module_of(n)) for n in p.nodes)
@@ -120,8 +113,7 @@ def fuse(steps: list[Step], outputs: set[int]) -> tuple[list[Step], dict[int, in
 
 
 def _is_unlimited(step: Step) -> bool:
-    takes = not isinstance(step, Clamp) and type(step).__name__ != "Concat"
-    return takes and step.low == -INFINITY and step.high == INFINITY
+    return not isinstance(step, Clamp | Concat) and step.low == -INFINITY and step.high == INFINITY
 
 
 def _into_product(step: Add, made: dict[int, Any], uses: dict[int, int], fused: list[Step]) -> Step:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slimnets.acceleration.build import CACHE_LINE, Table, build
 from slimnets.acceleration.engine import interpret
-from slimnets.acceleration.measure import fastest
+from slimnets.acceleration.measure import shortest_times
 from slimnets.acceleration.steps import Shape, Step
 from slimnets.acceleration.threads import together
 
@@ -209,7 +209,7 @@ class Region(nn.Module):
 
         self._forward(arguments, add)
         if torch.get_num_threads() > 1:
-            whole = fastest({"": lambda: self(*arguments)}, PROFILE_SECONDS)[""]
+            whole = shortest_times({"": lambda: self(*arguments)}, PROFILE_SECONDS)[""]
             gain = whole / sum(seconds.values())
             seconds = {name: gain * time for name, time in seconds.items()}
         return seconds

@@ -83,5 +83,5 @@ class Report:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=110).print(self)
+        Console(file=text, width=110, markup=False).print(self)
         return text.getvalue()

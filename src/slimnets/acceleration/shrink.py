@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from slimnets.acceleration.lower import LIMITS
-from slimnets.acceleration.trace import has_hooks, is_plain, module_of
+from slimnets.acceleration.trace import is_plain, is_unaltered, module_of
 
 PASSING = (
     nn.Dropout,
@@ -64,7 +64,7 @@ def _follower(node: fx.Node) -> tuple[fx.Node, list[tuple[float, float]]] | None
         key = type(module) if module is not None else node.target
         if _layer(node) is not None:
             return node, limits
-        if module is not None and has_hooks(module):
+        if module is not None and not is_unaltered(module):
             return None
         if key in LIMITS:
             limits.append(LIMITS[key])

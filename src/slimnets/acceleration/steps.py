@@ -72,8 +72,8 @@ class NonZeros:
 class Conv(Step):
     """A convolution with zero padding, a bias, maybe a residual (second source), and a clamp."""
 
-    weight: NonZeros = None  # type: ignore[assignment]
-    bias: Floats = None  # type: ignore[assignment]
+    weight: NonZeros = field(kw_only=True)
+    bias: Floats = field(kw_only=True)
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
@@ -98,8 +98,8 @@ class Conv(Step):
 class Linear(Step):
     """A linear layer over all channels and pixels of its source (in torch's order)."""
 
-    weight: Floats = None  # type: ignore[assignment]
-    bias: Floats = None  # type: ignore[assignment]
+    weight: Floats = field(kw_only=True)
+    bias: Floats = field(kw_only=True)
     nonzeros: dict[Shape, NonZeros] = field(default_factory=dict, repr=False)
 
     def shape(self, *inputs: Shape) -> Shape:

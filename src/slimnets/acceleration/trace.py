@@ -62,12 +62,11 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     if has_hooks(model):
         return None
     model = nn.Sequential(model).eval() if is_plain(model) else model  # a layer has no graph
-    names = list(_parameters_of(model))
-    defaults = _parameters_of(model)
-    fixed = {n: defaults[n] for n in names[arguments:]}
-    if len(names) < arguments or any(value is _REQUIRED for value in fixed.values()):
+    defaults = _defaults_of(model)
+    fixed = dict(list(defaults.items())[arguments:])
+    if len(defaults) < arguments or any(one is inspect.Parameter.empty for one in fixed.values()):
         return None
-    model = _sharing_tensors(model)  # a failure may leave proxies in its attributes
+    model = sharing_tensors(model)  # a failure may leave proxies in its attributes
     generators, attributes, versions = _generators(), _attributes(model), versions_of(model)
     try:
         with torch.no_grad():
@@ -97,29 +96,32 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_unaltered(module: nn.Module) -> bool:
+    """Whether ``module`` does what its type says: no hooks, and no forward method of its own."""
+    return not has_hooks(module) and "forward" not in vars(module)
+
+
 def _erase(node: fx.Node) -> None:
     for user in list(node.users):
         _erase(user)
     node.graph.erase_node(node)
 
 
-_REQUIRED = object()
-
-
-def _parameters_of(model: nn.Module) -> dict[str, Any]:
-    found = {}
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            continue
-        found[name] = _REQUIRED if parameter.default is parameter.empty else parameter.default
-    return found
+def _defaults_of(model: nn.Module) -> dict[str, Any]:
+    """Argument of ``forward`` to its default; ``inspect.Parameter.empty`` where there is none."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
-def _sharing_tensors(model: nn.Module) -> nn.Module:
+def sharing_tensors(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose parameters and buffers are those of ``model``."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -263,12 +265,9 @@ def _is_batch_size(size: Any, source: fx.Node) -> bool:
 def is_plain(layer: nn.Module | None) -> bool:
     """Whether ``layer`` is a convolution or linear layer that computes nothing else."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
-    if not isinstance(layer, kinds):
+    if not isinstance(layer, kinds) or not is_unaltered(layer):
         return False
-    if has_hooks(layer) or "weight" not in layer._parameters:
-        return False
-    forwards = {kind.forward for kind in kinds}
-    return type(layer).forward in forwards and "forward" not in vars(layer)
+    return "weight" in layer._parameters and type(layer).forward in {k.forward for k in kinds}
 
 
 class Recorder(fx.Interpreter):

@@ -35,6 +35,7 @@ def convert_checkpoint(
     Raises:
         ArtifactError: If ``checkpoint`` is not a whole checkpoint.
         ValueError: If there is no such submodule, or ``dtype`` or ``bits`` is unknown.
+        TypeError: If the state dict holds what is no plain tensor.
         OSError: If a file cannot be read or written.
     """
     if not isinstance(checkpoint, Mapping):

@@ -196,6 +196,9 @@ def stored_bytes(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     A tensor that stands under several keys counts under the first. What all of them share (Huffman
     tables, rounding) is shared out, so that the sum is that of the file.
 
+    Raises:
+        TypeError: If a tensor has no plain values, as in :func:`encode`.
+
     Examples:
         >>> pruned = torch.zeros(1000)
         >>> pruned[::100] = 1.0
@@ -204,7 +207,12 @@ def stored_bytes(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """
     ties = tied(state)
     names = [name for name in state if name not in ties]
-    coded = [encode(state[name]) for name in names]
+    coded = []
+    for name in names:
+        try:
+            coded.append(encode(state[name]))
+        except TypeError as error:
+            raise TypeError(f"{name!r}: {error}") from None
     total = dict.fromkeys(state, 0.0)
     for stream, data in pool(coded).items():
         costs = [cost(one.streams[stream]) if stream in one.streams else 0.0 for one in coded]

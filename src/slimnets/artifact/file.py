@@ -156,7 +156,7 @@ def _restructured(network: nn.Module, shapes: Mapping[str, torch.Size]) -> nn.Mo
 
 
 def _tensors(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
-    """The values of a state dict that have a shape and memory: no lazy ones, no extra state."""
+    """The values of a state dict that have a shape: no lazy ones, no extra state."""
     return {
         name: value
         for name, value in state.items()

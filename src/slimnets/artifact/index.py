@@ -4,7 +4,7 @@ import base64
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ def _checked(record: dict[str, Any]) -> Entry:
     if count > _MOST_VALUES:
         raise ArtifactError(f"a tensor of {count} values")
     nonzeros = count if layout == "dense" else _number(record["nonzeros"], count + 1, "nonzeros")
-    return Entry(shape, dtype, stored, exact, layout, nonzeros, scale)
+    return replace(entry, nonzeros=nonzeros)
 
 
 def _number(value: Any, end: int, what: str) -> int:

@@ -1,6 +1,7 @@
 """What is asked of the arguments and the batches of a DistillationModule."""
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import lightning as L
@@ -10,10 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from slimnets.distillation.losses import check_temperature, logits_of
+from slimnets.distillation.losses import DEFAULT_TEMPERATURE, check_temperature, logits_of
 from slimnets.distillation.observation import is_classes
-
-DEFAULT_TEMPERATURE = 4.0
 
 
 def check_networks(student: Any, teacher: Any) -> None:
@@ -47,8 +46,9 @@ def check_settings(
     alpha: Any, temperature: Any, loss: Any, optimizer: Any, student: nn.Module
 ) -> None:
     """Raise TypeError or ValueError for an argument that makes no sense."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
-        raise ValueError(
+    is_number = isinstance(alpha, Real) and not isinstance(alpha, bool)
+    if not (is_number and 0 <= alpha <= 1):
+        raise (ValueError if is_number else TypeError)(
             f"alpha={alpha!r}: expected the weight of the distillation loss, a fraction in [0, 1]"
         )
     check_temperature(temperature)

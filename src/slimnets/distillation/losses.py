@@ -1,14 +1,18 @@
 """How far the outputs of a student are from its teacher's."""
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+DEFAULT_TEMPERATURE = 4.0
+"""That of the benchmark in arXiv 1910.10699."""
 
-def soft_targets(student: Any, teacher: Any, temperature: float = 4.0) -> Tensor:
+
+def soft_targets(student: Any, teacher: Any, temperature: float = DEFAULT_TEMPERATURE) -> Tensor:
     """Cross entropy with the teacher's softened probabilities, less their entropy.
 
     With the temperature T it is ``T^2 * KL(softmax(teacher / T) || softmax(student / T))``,
@@ -26,7 +30,7 @@ def soft_targets(student: Any, teacher: Any, temperature: float = 4.0) -> Tensor
         A scalar, in nats.
 
     Raises:
-        TypeError: If an output holds no logits.
+        TypeError: If an output holds no logits, or ``temperature`` is no number.
         ValueError: If the shapes differ, there are fewer than two classes, or ``temperature`` is
             not above 0.
 
@@ -72,10 +76,12 @@ def logit_regression(student: Any, teacher: Any) -> Tensor:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless ``temperature`` is a number above 0."""
-    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    """Raise TypeError or ValueError unless ``temperature`` is a number above 0."""
+    is_number = isinstance(temperature, Real) and not isinstance(temperature, bool)
     if not (is_number and 0 < temperature < math.inf):
-        raise ValueError(f"temperature={temperature!r}: expected a number above 0, such as 4.0")
+        raise (ValueError if is_number else TypeError)(
+            f"temperature={temperature!r}: expected a number above 0, such as 4.0"
+        )
 
 
 def logits_of(output: Any) -> Tensor | None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from slimnets.distillation.arguments import (
-    DEFAULT_TEMPERATURE,
     check_logits,
     check_networks,
     check_settings,
@@ -31,7 +30,7 @@ from slimnets.distillation.delegation import (
     students_keys,
     weighed_backward,
 )
-from slimnets.distillation.losses import soft_targets
+from slimnets.distillation.losses import DEFAULT_TEMPERATURE, soft_targets
 from slimnets.distillation.observation import (
     Observation,
     Pass,
@@ -40,7 +39,7 @@ from slimnets.distillation.observation import (
     observe,
 )
 from slimnets.distillation.teacher import Teacher, load_weights
-from slimnets.lowrank.modules import follow_state_dict
+from slimnets.lowrank.follow import follow_state_dict
 
 
 @delegates_to_student
@@ -93,6 +92,7 @@ class DistillationModule(L.LightningModule):
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument has a value that makes no sense, or is for the other kind of
             student, or if student and teacher share parameters.
+        RuntimeError: In ``fit``, if a step makes no forward pass to distill from.
 
     Examples:
         >>> student, teacher = nn.Linear(8, 3), nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 3))

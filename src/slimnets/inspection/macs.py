@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from typing_extensions import override
 
 
 @dataclass
@@ -82,7 +81,6 @@ class _Counter(TorchDispatchMode):
                 hooks.callback(module.register_forward_hook(leave).remove)
             yield
 
-    @override
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from slimnets.artifact.codec import stored_bytes
 from slimnets.inspection.macs import Macs
-from slimnets.lowrank.modules import LowRankPair
+from slimnets.lowrank.modules import LowRankPair, weights_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def count_rows(network: nn.Module, macs: Mapping[str, Macs] | None = None) -> tu
     rows = []
     for name, layer in layers.items():
         inside = _paths(name, layer)
-        own = _weights(layer)
+        own = weights_of(layer)
         tied = {owners[weight]: None for weight in own if weight in owners}
         new = [weight for weight in dict.fromkeys(own) if weight not in owners]
         owners.update(dict.fromkeys(new, name))
@@ -124,20 +124,14 @@ def _paths(name: str, layer: nn.Module) -> list[str]:
     return [path for path, _ in layer.named_modules(prefix=name)]
 
 
-def _weights(layer: nn.Module) -> list[nn.Parameter]:
-    parameters = layer.parameters(recurse=isinstance(layer, LowRankPair))
-    return [parameter for parameter in parameters if parameter.dim() > 1]
-
-
 def _dead_channels(layer: nn.Module) -> int | None:
     if isinstance(layer, LowRankPair):
         layer = layer.second
     if not isinstance(layer, _ConvNd | nn.Linear):
         return None
     weight = layer.weight.detach()
-    if isinstance(
-        layer, _ConvTransposeNd
-    ):  # (in, out/groups, ...), the groups side by side in `in`
+    if isinstance(layer, _ConvTransposeNd):
+        # (in, out / groups, ...), the groups side by side in `in`
         weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
     return int((weight.flatten(1) == 0).all(1).sum())
 

@@ -39,8 +39,11 @@ def columns(rows: Iterable[Row]) -> list[str]:
 
 def folded(rows: Iterable[Row]) -> list[Row]:
     """``rows`` with those of layers without weights, norms for the most part, folded into one."""
-    shown = [row for row in rows if row.weights or row.macs or " tied to " in row.kind]
-    others = [row for row in rows if row not in shown]
+    shown: list[Row] = []
+    others: list[Row] = []
+    for row in rows:
+        counts = row.weights or row.macs or " tied to " in row.kind
+        (shown if counts else others).append(row)
     if others:
         kinds = Counter(row.kind for row in others)
         shown.append(

@@ -5,8 +5,8 @@ an error into a warning: a picture is no reason to lose a training run.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import reduce, wraps
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, cast
+from functools import wraps
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 import lightning as L
 import torch
@@ -42,12 +42,11 @@ def _never_fails(
 
 
 @_never_fails
-def log_masks(trainer: L.Trainer, network: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def log_masks(trainer: L.Trainer, masks: Mapping[str, Tensor]) -> None:
     """Draw each mask as an image ``mask/NAME``, one row of pixels per output channel.
 
     Args:
         trainer: The trainer whose TensorBoard loggers are written to.
-        network: The compressed network.
         masks: Parameter name to bool tensor in the parameter's shape, True where a weight is kept.
     """
     for writer in _writers(trainer):
@@ -62,12 +61,12 @@ def log_weights(trainer: L.Trainer, network: nn.Module, names: Iterable[str]) ->
     Args:
         trainer: The trainer whose TensorBoard loggers are written to.
         network: The compressed network.
-        names: Names of parameters in it, or of layers with a ``weight``.
+        names: Names of parameters in it.
     """
     names = list(names)
     for writer in _writers(trainer):
         for name in names:
-            weights = _tensor(network, name).detach().float()
+            weights = network.get_parameter(name).detach().float()
             surviving = weights[weights.isfinite() & (weights != 0)]
             if surviving.numel():
                 writer.add_histogram(f"weights/{name}", surviving, logged_step(trainer))
@@ -125,8 +124,3 @@ def mask_image(mask: Tensor) -> Tensor:
 
 def _writers(trainer: L.Trainer) -> "list[SummaryWriter]":
     return [one.experiment for one in trainer.loggers if isinstance(one, TensorBoardLogger)]
-
-
-def _tensor(network: nn.Module, name: str) -> Tensor:
-    found = reduce(getattr, name.split("."), network)
-    return cast(Tensor, found.weight if isinstance(found, nn.Module) else found)

@@ -15,14 +15,15 @@ from slimnets.inspection.tensorboard import log_summary
 from slimnets.layers import Selectors, compressed_network, paths_in, replace
 from slimnets.lowrank.decompose import Decomposition
 from slimnets.lowrank.factorize import put_pairs
-from slimnets.lowrank.modules import LowRankPair, follow_state_dict, pairs_of
+from slimnets.lowrank.follow import follow_state_dict
+from slimnets.lowrank.modules import LowRankPair, pairs_of
 from slimnets.lowrank.plan import Plan, Rank, check_arguments, named_layers, plan
 from slimnets.lowrank.report import call_of, scalars, tell
 from slimnets.lowrank.swap import check_at, check_run, resolve_at, swap
 from slimnets.trainer import (
     copy_averages_anew,
     logged_step,
-    refuse_sharding,
+    refuse_unsupported,
     spell,
     writes_summary,
 )
@@ -61,9 +62,9 @@ class LowRank(L.Callback):
         TypeError: If an argument is of a wrong type.
         ValueError: If one is out of range; in ``setup``, if a glob matches nothing, a weight is
             not finite, or there is no layer yet; in ``on_train_start``, if the run ends before
-            ``at``, or an optimizer was made before ``setup``.
+            ``at``, an optimizer was made before ``setup``, or ``at`` stands beside LBFGS.
         NotImplementedError: In ``setup``, under a strategy that shards the weights; with ``at``,
-            under one of several processes.
+            under one of several processes, or beside a ``BaseFinetuning``.
 
     Examples:
         >>> trainer = L.Trainer(callbacks=[LowRank({"features.*": 0.25})], logger=False)
@@ -109,7 +110,7 @@ class LowRank(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Replace the layers, in ``fit``; in every stage, be ready for a checkpoint."""
-        refuse_sharding(trainer, self)
+        refuse_unsupported(trainer, self)
         self._release()
         self._follow(pl_module)
         is_fitting = stage == TrainerFn.FITTING

@@ -2,23 +2,27 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
-import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from slimnets.layers import is_parametrized, replace
 from slimnets.lowrank.pair import Layer, empty_dense, empty_pair, kind_of
 from slimnets.lowrank.pair import LowRankPair as LowRankPair
-from slimnets.trainer import copy_averages_anew
 
 
 def pairs_of(network: nn.Module) -> dict[str, LowRankPair]:
     """The pairs of ``network`` by name."""
     return {name: m for name, m in network.named_modules() if isinstance(m, LowRankPair)}
+
+
+def weights_of(layer: nn.Module) -> list[nn.Parameter]:
+    """Its parameters of two or more dimensions, of a pair those of both layers; no lazy ones."""
+    parameters = layer.parameters(recurse=isinstance(layer, LowRankPair))
+    return [one for one in parameters if not is_lazy(one) and one.dim() > 1]
 
 
 def replaceable(network: nn.Module, *others: type[nn.Module]) -> dict[str, nn.Module]:
@@ -87,23 +91,6 @@ def restructure(
     for name, new in changes.items():
         network = replace(network, name, new)
     return network
-
-
-def follow_state_dict(
-    pl_module: L.LightningModule, state_dict: Mapping[str, Any], prefix: str = "", *_: Any
-) -> None:
-    """Give ``pl_module`` the structure of ``state_dict``, which is about to be loaded.
-
-    A hook for ``register_load_state_dict_pre_hook``. It is copied with the module, so that averaged
-    copies follow their own state.
-    """
-    shapes = {key: value.shape for key, value in state_dict.items() if isinstance(value, Tensor)}
-    before = list(pl_module.modules())
-    restructure(pl_module, shapes, prefix)
-    trainer = pl_module._trainer
-    is_fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-    if is_fitting and before != list(pl_module.modules()):
-        copy_averages_anew(pl_module.trainer, pl_module)
 
 
 def _described(

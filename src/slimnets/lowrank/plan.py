@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from io import StringIO
 from numbers import Integral, Real
 from types import MethodType
 from typing import TypeAlias, cast
@@ -18,7 +19,7 @@ from slimnets.lowrank.decompose import (
     rank_for_energy,
     rank_for_fraction,
 )
-from slimnets.lowrank.modules import LowRankPair, refusal, replaceable
+from slimnets.lowrank.modules import LowRankPair, refusal, replaceable, weights_of
 
 Rank: TypeAlias = int | float
 """A rank, or a fraction of the layer's full rank in (0, 1)."""
@@ -81,10 +82,9 @@ class Plan:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        text = StringIO()  # a terminal would get colours, and names in brackets be read as markup
+        Console(file=text, width=120, markup=False).print(self)
+        return text.getvalue().rstrip()
 
 
 def plan(
@@ -121,7 +121,10 @@ def plan(
         if not reason:
             weight = cast(Tensor, layer.weight).detach()
             if not weight.isfinite().all():
-                raise ValueError(f"the weight of layer {name!r} has infinite or NaN values")
+                raise ValueError(
+                    f"the weight of layer {name!r} has infinite or NaN values; repair it, or "
+                    "exclude the layer"
+                )
             shape = matrix_shape(weight.shape, decomposition)
             if energy is not None:
                 rank = rank_for_energy(as_matrix(weight, decomposition), energy)
@@ -239,9 +242,7 @@ def _reason_of_size(rank: int, rows: int, columns: int) -> str:
 
 
 def _count(layer: nn.Module) -> int:
-    tensors = layer.parameters(recurse=isinstance(layer, LowRankPair))
-    lazy = nn.parameter.UninitializedParameter
-    return sum(p.numel() for p in tensors if not isinstance(p, lazy) and p.ndim > 1)
+    return sum(weight.numel() for weight in weights_of(layer))
 
 
 def _check_rank(rank: object, argument: str) -> None:

@@ -16,7 +16,8 @@ from slimnets.lowrank.decompose import Decomposition
 from slimnets.lowrank.factorize import put_pairs
 from slimnets.lowrank.pair import Layer, LowRankPair
 from slimnets.trainer import (
-    averaging_callbacks,
+    averages,
+    callbacks_of,
     has_time_limit,
     is_fast_dev_run,
     remaining_steps,
@@ -53,7 +54,7 @@ def check_run(trainer: L.Trainer, at: int | float) -> None:
             f"LowRank(at={at!r}) does not support {type(trainer.strategy).__name__}, which is "
             "bound to the parameters that a run begins with; use a single device, or at=None"
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, BaseFinetuning):
             raise NotImplementedError(
                 f"LowRank(at={at!r}) does not support {type(callback).__name__}, whose checkpoints "
@@ -69,8 +70,7 @@ def resolve_at(trainer: L.Trainer, at: int | float, max_epochs: int | None) -> i
     """
     if is_fast_dev_run(trainer):
         return trainer.global_step
-    automatic = trainer.lightning_module.automatic_optimization
-    length = remaining_steps(trainer, max_epochs) if automatic else math.inf
+    length = remaining_steps(trainer, max_epochs)
     if isinstance(at, float) and (math.isinf(length) or has_time_limit(trainer)):
         raise ValueError(
             f"at={at!r} is a fraction of the run, but the number of optimizer steps of this run "
@@ -79,7 +79,10 @@ def resolve_at(trainer: L.Trainer, at: int | float, max_epochs: int | None) -> i
         )
     step = at if isinstance(at, int) else max(1, round(at * length))
     if step >= length:
-        raise ValueError(f"at={at!r}: the run has only {length:g} optimizer steps")
+        raise ValueError(
+            f"at={at!r}: the run has only {length:g} optimizer steps; train for longer, or give an "
+            "earlier one (at=0.5 is half of any run)"
+        )
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise ValueError(f"at={at!r}: LBFGS keeps one state for all parameters; use at=None")
     return trainer.global_step + step
@@ -100,19 +103,15 @@ def swap(
         replaced |= successors(cast(Layer, layer), pairs[name])
     for optimizer in trainer.optimizers:
         take_over(optimizer, replaced)
-    for callback in averaging_callbacks(trainer):
-        if callback._average_model is None:
-            continue
-        average = unwrapped(callback._average_model)
+    for callback, wrapped in averages(trainer):
+        average = unwrapped(wrapped)
         for name, pair in pairs.items():
             # the factors of an averaged weight are not the average of its factors: begin anew
             device = next(average.get_submodule(name).parameters()).device
             replace(average, name, copy.deepcopy(pair).to(device))
         # the next update copies: an average of steps before and after would weigh the untrained
         # factors as much as all the steps before
-        counter = getattr(
-            callback._average_model, "n_averaged", getattr(callback, "n_averaged", None)
-        )
+        counter = getattr(wrapped, "n_averaged", getattr(callback, "n_averaged", None))
         if counter is not None:
             counter.zero_()
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from slimnets.inspection.tensorboard import log_masks, log_summary, log_weights
 from slimnets.layers import Selectors, as_selectors, compressed_network
 from slimnets.pruning.clock import Clock
-from slimnets.pruning.criteria import magnitude
+from slimnets.pruning.criteria import Criterion, check_criterion, magnitude
 from slimnets.pruning.pruner import Pruner
 from slimnets.pruning.report import (
     overall,
@@ -25,20 +25,19 @@ from slimnets.pruning.report import (
 from slimnets.pruning.schedules import check_schedule, cubic
 from slimnets.pruning.span import Span, Steps, check_span, resolve_span
 from slimnets.pruning.weights import (
-    Criterion,
     Scope,
     Sparsity,
-    check_criterion,
     check_scope,
     check_sparsity,
     target_sparsity,
 )
 from slimnets.trainer import (
     averaged_networks,
+    callbacks_of,
     has_time_limit,
     is_fast_dev_run,
     logged_step,
-    refuse_sharding,
+    refuse_unsupported,
     remaining_steps,
     spell,
     writes_summary,
@@ -150,7 +149,7 @@ class GradualPrune(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and note the length of the run."""
-        refuse_sharding(trainer, self)
+        refuse_unsupported(trainer, self)
         self._is_fitting = stage == "fit"
         if self._is_fitting:
             # a callback that has served another run begins anew; a checkpoint is restored later
@@ -191,7 +190,7 @@ class GradualPrune(L.Callback):
         if self._pruner is None:
             return
         if not self._checked:
-            self._pruner.check_criterion()
+            self._pruner.try_criterion()
             self._checked = True
         index = trainer.optimizers.index(optimizer)
         if not self._clock.steps[index]:
@@ -234,9 +233,9 @@ class GradualPrune(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the masks and the weights that are left, averaged weights copied back by now."""
-        network = compressed_network(pl_module)
-        log_masks(trainer, network, self.masks)
-        log_weights(trainer, network, list(self.masks))
+        network, masks = compressed_network(pl_module), self.masks
+        log_masks(trainer, masks)
+        log_weights(trainer, network, masks)
         if writes_summary(trainer, self):
             log_summary(trainer, network)
 
@@ -266,8 +265,8 @@ class GradualPrune(L.Callback):
         states: dict[str, dict[str, Any]] = checkpoint["callbacks"]
         if not self._is_fitting or self.state_key in states:
             return
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        kind, known = f"{type(self).__qualname__}{{", {c.state_key for c in callbacks}
+        kind = f"{type(self).__qualname__}{{"
+        known = {callback.state_key for callback in callbacks_of(trainer)}
         others = [key for key in states if str(key).startswith(kind) and key not in known]
         if len(others) == 1:  # the masks are of other layers; the zeros of these are in the weights
             self.load_state_dict({**states[others[0]], "masks": {}})
@@ -287,12 +286,11 @@ class GradualPrune(L.Callback):
         self._restored = state_dict if state_dict and self._is_fitting else None
 
     def _resolve(self, trainer: L.Trainer, steps: list[int]) -> Span:
-        automatic = trainer.lightning_module.automatic_optimization
         length = max(steps, default=0) + remaining_steps(trainer, self._max_epochs)
         if is_fast_dev_run(trainer):
-            return Span(0, max(1, int(length)) if automatic else 1, 1)
+            return Span(0, 1 if math.isinf(length) else max(1, int(length)), 1)
         relative = any(isinstance(value, float) for value in (self.begin, self.end, self.every))
-        if not automatic or (relative and has_time_limit(trainer)):
+        if relative and has_time_limit(trainer):
             length = math.inf
         return resolve_span(self.begin, self.end, self.every, length)
 
@@ -306,9 +304,8 @@ class GradualPrune(L.Callback):
 
     def _make_pruner(self, trainer: L.Trainer, network: nn.Module) -> Pruner:
         parameters, targets = target_sparsity(network, self.sparsity, self.exclude)
-        for other in self._instances(trainer):
-            assert other._pruner is not None
-            taken = set(other._pruner.parameters.values()) & set(parameters.values())
+        for other, pruner in self._pruners(trainer).items():
+            taken = set(pruner.parameters.values()) & set(parameters.values())
             if other is not self and taken:
                 names = [name for name, weights in parameters.items() if weights in taken]
                 raise ValueError(
@@ -318,10 +315,10 @@ class GradualPrune(L.Callback):
         several = trainer.world_size > 1
         return Pruner(parameters, targets, self.criterion, self.scope, synchronize=several)
 
-    def _instances(self, trainer: L.Trainer) -> list["GradualPrune"]:
-        """The callbacks of this class on ``trainer`` that have begun, in order."""
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return [c for c in callbacks if isinstance(c, GradualPrune) and c._pruner is not None]
+    def _pruners(self, trainer: L.Trainer) -> dict["GradualPrune", Pruner]:
+        """The callbacks of this class on ``trainer`` that have begun, in order, and their masks."""
+        own = [one for one in callbacks_of(trainer) if isinstance(one, GradualPrune)]
+        return {one: one._pruner for one in own if one._pruner is not None}
 
     def _after_step(self, trainer: L.Trainer, index: int) -> None:
         self._follow(trainer, compressed_network(trainer.lightning_module))
@@ -369,10 +366,9 @@ class GradualPrune(L.Callback):
         assert self._pruner is not None
         if trainer.barebones:
             return
-        instances = self._instances(trainer)
-        if instances[0] is self:
-            share = overall([one._pruner for one in instances if one._pruner is not None])
-            pl_module.log("sparsity", share, prog_bar=True, on_step=True)
+        pruners = self._pruners(trainer)
+        if next(iter(pruners)) is self:
+            pl_module.log("sparsity", overall([*pruners.values()]), prog_bar=True, on_step=True)
         if not self._unlogged or not self._progress:
             return
         self._unlogged = False

@@ -5,8 +5,13 @@ with the lowest scores are pruned first. Scores are compared in float32, across 
 is global.
 """
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
+
+Criterion: TypeAlias = Callable[[nn.Parameter], Tensor]
 
 
 def magnitude(parameter: nn.Parameter) -> Tensor:
@@ -31,3 +36,16 @@ def random(parameter: nn.Parameter) -> Tensor:
         Scores of the same shape, float32, in [0, 1).
     """
     return torch.rand_like(parameter.detach(), dtype=torch.float32)
+
+
+def check_criterion(criterion: object) -> None:
+    """Raise unless ``criterion`` can be called.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    if not callable(criterion):
+        raise TypeError(
+            f"criterion={criterion!r}: expected a callable of a parameter, such as "
+            "slimnets.pruning.magnitude"
+        )

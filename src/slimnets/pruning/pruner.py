@@ -9,13 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from slimnets.layers import Selectors, compressed_network
-from slimnets.pruning.criteria import magnitude
+from slimnets.pruning.criteria import Criterion, check_criterion, magnitude
 from slimnets.pruning.masks import lowest, zero_
 from slimnets.pruning.weights import (
-    Criterion,
     Scope,
     Sparsity,
-    check_criterion,
     check_scope,
     check_sparsity,
     target_sparsity,
@@ -122,13 +120,13 @@ class Pruner:
         if self.scope == "global":
             return []
         return [
-            repr(name)
+            name
             for names, k in self._quotas(self.targets)
             for name in names
             if 0 < self.parameters[name].numel() <= k
         ]
 
-    def check_criterion(self) -> None:
+    def try_criterion(self) -> None:
         """Raise where the criterion is none, before anything is pruned.
 
         Raises:
@@ -248,7 +246,7 @@ def prune(
     check_criterion(criterion)
     parameters, targets = target_sparsity(compressed_network(model), sparsity, exclude)
     pruner = Pruner(parameters, targets, criterion, scope)
-    pruner.check_criterion()
+    pruner.try_criterion()
     pruner.grow(targets)
     pruner.apply(parameters)
     return {name: ~pruned for name, pruned in pruner.pruned.items()}

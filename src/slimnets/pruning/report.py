@@ -50,7 +50,8 @@ def warn_at_start(
         )
     if emptied := pruner.emptied():
         rank_zero_warn(
-            f"GradualPrune(sparsity={sparsity!r}): nothing will be left of {', '.join(emptied)}, "
+            f"GradualPrune(sparsity={sparsity!r}): nothing will be left of "
+            f"{', '.join(map(repr, emptied))}, "
             "and the network may become constant: exclude such small layers, or give a mapping"
         )
 

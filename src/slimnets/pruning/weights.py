@@ -1,11 +1,11 @@
 """Which weights are pruned, and how many of each."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Literal, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -17,7 +17,6 @@ from slimnets.layers import (
     without,
 )
 
-Criterion: TypeAlias = Callable[[nn.Parameter], Tensor]
 Sparsity: TypeAlias = float | Mapping[str, float]
 Scope: TypeAlias = Literal["layer", "global"]
 
@@ -43,6 +42,7 @@ def prunable_weights(
         Name, as in the state dict, to parameter.
 
     Raises:
+        TypeError: If a selector is neither a glob, nor a layer type, nor a predicate.
         ValueError: If a selector chooses no layer, or a lazy layer has no weights yet.
     """
     candidates = prunable_layers(network)
@@ -58,7 +58,7 @@ def prunable_weights(
         if layers is not None and name not in layers:
             continue
         for key, parameter in _weights_of(layer).items():
-            if isinstance(parameter, nn.UninitializedParameter):
+            if is_lazy(parameter):
                 raise ValueError(
                     f"layer {name!r} ({type(layer).__name__}) has no weights yet; "
                     "run one batch through the network before pruning it"
@@ -163,19 +163,6 @@ def check_scope(scope: str, sparsity: Sparsity) -> None:
         raise ValueError(
             "scope='global' with a mapping as sparsity: a global target is one number; "
             "give one, or scope='layer'"
-        )
-
-
-def check_criterion(criterion: object) -> None:
-    """Raise unless ``criterion`` can be called.
-
-    Raises:
-        TypeError: If it cannot.
-    """
-    if not callable(criterion):
-        raise TypeError(
-            f"criterion={criterion!r}: expected a callable of a parameter, such as "
-            "slimnets.pruning.magnitude"
         )
 
 
