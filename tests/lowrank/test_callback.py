@@ -208,6 +208,44 @@ def test_layers_that_the_module_builds_in_setup_are_an_error(make_trainer, every
     assert not pairs(module)
 
 
+class Loads(Callback):
+    """Loads weights in one of the hooks."""
+
+    def __init__(self, hook, state):
+        setattr(self, hook, lambda trainer, pl_module, **_: pl_module.load_state_dict(state))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        ("setup", "made dense again by weights that were loaded, after it ran: network.0, "),
+        ("on_fit_start", "were loaded"),
+    ],
+)
+def test_dense_weights_that_are_loaded_after_it_ran_are_an_error(
+    make_trainer, hook, message, first
+):
+    module, dense = Classifier(), Classifier().state_dict()
+    callbacks = [Loads(hook, dense), LowRank(2)]
+    if hook == "setup" and first:
+        fit(make_trainer, module, callbacks)  # they are what is factorized
+        assert pairs(module)
+        return
+    with pytest.raises(ValueError, match=message):
+        fit(make_trainer, module, callbacks[:: 1 if first else -1])
+    assert not pairs(module)
+
+
+def test_other_weights_that_are_loaded_into_a_resumed_run_are_an_error(make_trainer, tmp_path):
+    callbacks = [LowRank(2)]
+    fit(make_trainer, Classifier(), callbacks).save_checkpoint(tmp_path / "x.ckpt")
+    callbacks += [Loads("on_fit_start", Classifier().state_dict())]
+    with pytest.raises(ValueError, match=r"loaded into network\.0, .* after SGD was made"):
+        trainer = make_trainer(max_epochs=2, callbacks=callbacks)
+        trainer.fit(Classifier(), small_data(), small_data(8), ckpt_path=tmp_path / "x.ckpt")
+
+
 def test_a_configure_model_that_builds_twice_is_an_error(make_trainer):
     class Twice(Classifier):
         def configure_model(self):
@@ -229,6 +267,17 @@ def test_sharding_is_refused(make_trainer):
     with pytest.raises(NotImplementedError, match="LowRank does not support FSDPStrategy"):
         LowRank(2).setup(trainer, module, "fit")
     assert not pairs(module)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_processes_that_are_spawned_or_forked_are_refused(make_trainer, strategy):
+    module = Classifier()
+    trainer = make_trainer(strategy=strategy, devices=2)
+    with pytest.raises(NotImplementedError, match="use strategy='ddp' or a single device"):
+        LowRank(2).setup(trainer, module, "fit")
+    assert not pairs(module)
+    assert not module._load_state_dict_pre_hooks
+    LowRank(2).setup(trainer, module, "test")  # which brings nothing back
 
 
 @pytest.mark.parametrize(

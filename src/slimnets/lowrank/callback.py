@@ -5,6 +5,7 @@ from typing import Any
 from uuid import uuid4
 
 import lightning as L
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -63,8 +64,9 @@ class LowRank(L.Callback):
         ValueError: If one is out of range; in ``setup``, if a glob matches nothing, a weight is
             not finite, or there is no layer yet; in ``on_train_start``, if the run ends before
             ``at``, an optimizer was made before ``setup``, or ``at`` stands beside LBFGS.
-        NotImplementedError: In ``setup``, under a strategy that shards the weights; with ``at``,
-            under one of several processes, or beside a ``BaseFinetuning``.
+        NotImplementedError: In ``setup``, under a strategy that shards the weights, or one that
+            spawns or forks its processes; with ``at``, under one of several processes, or beside a
+            ``BaseFinetuning``.
 
     Examples:
         >>> trainer = L.Trainer(callbacks=[LowRank({"features.*": 0.25})], logger=False)
@@ -111,9 +113,16 @@ class LowRank(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Replace the layers, in ``fit``; in every stage, be ready for a checkpoint."""
         refuse_unsupported(trainer, self)
+        is_fitting = stage == TrainerFn.FITTING
+        if is_fitting and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            # which loads what they have trained into the module of a process without pairs, with
+            # strict=False, so that it would be lost without a word
+            raise NotImplementedError(
+                "LowRank does not support strategies that spawn or fork their processes; use "
+                "strategy='ddp' or a single device"
+            )
         self._release()
         self._follow(pl_module)
-        is_fitting = stage == TrainerFn.FITTING
         if is_fitting and is_overridden("configure_model", pl_module):
             pl_module.configure_model()
         network = compressed_network(pl_module)
@@ -180,7 +189,7 @@ class LowRank(L.Callback):
         """See that the layers are still those of ``setup``.
 
         Raises:
-            ValueError: If the module has built layers since.
+            ValueError: If the module has built layers since, or loaded dense weights into them.
         """
         layers = named_layers(compressed_network(pl_module))
         late = layers.keys() - self._names
@@ -188,15 +197,17 @@ class LowRank(L.Callback):
             late |= {name for name in self._ranks if not isinstance(layers.get(name), LowRankPair)}
         if late:
             raise ValueError(
-                f"LowRank missed layers that were built after it ran: {', '.join(sorted(late))}; "
-                "build them in __init__, or once only in configure_model"
+                "LowRank missed layers that were built, or made dense again by weights that were "
+                f"loaded, after it ran: {', '.join(sorted(late))}; build them in __init__, or once "
+                "only in configure_model, and load weights there or before fit"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the step of ``at``; log the ranks, and the number of weights before and after.
 
         Raises:
-            ValueError: If an optimizer has the weights of layers that have been replaced.
+            ValueError: If an optimizer has the weights of layers that have been replaced, or of
+                pairs that weights of another structure have been loaded into.
         """
         self._stop_following()  # the optimizers have the pairs: dense weights cannot go in now
         self._refuse_stale(trainer, pl_module)
@@ -277,18 +288,30 @@ class LowRank(L.Callback):
         return {"arguments": self._arguments(), **state}
 
     def _refuse_stale(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        gone = {p: name for name, layer in self._originals.items() for p in layer.parameters()}
-        stale = {
-            gone[parameter]: type(optimizer).__name__
+        held = {
+            parameter: type(optimizer).__name__
             for optimizer in trainer.optimizers
             for group in optimizer.param_groups
-            for parameter in set(group["params"]) & gone.keys() - set(pl_module.parameters())
+            for parameter in group["params"]
         }
-        if stale:
+        stale = held.keys() - set(pl_module.parameters())
+        gone = {p: name for name, layer in self._originals.items() for p in layer.parameters()}
+        if found := stale & gone.keys():
             raise ValueError(
-                f"LowRank has replaced {', '.join(sorted(stale))}, but {stale.popitem()[1]} would "
-                "go on with the weights before: make optimizers and lists of parameters in "
-                "configure_optimizers, not earlier"
+                f"LowRank has replaced {', '.join(sorted({gone[p] for p in found}))}, but "
+                f"{held[found.pop()]} would go on with the weights before: make optimizers and "
+                "lists of parameters in configure_optimizers, not earlier"
+            )
+        new = [
+            name
+            for name, layer in named_layers(compressed_network(pl_module)).items()
+            if any(one.requires_grad and one not in held for one in layer.parameters())
+        ]
+        if stale and new:
+            raise ValueError(
+                f"LowRank: weights of another structure were loaded into {', '.join(new)} after "
+                f"{held[stale.pop()]} was made, which would go on with the weights before: load "
+                "them before fit, in __init__ or in configure_model"
             )
 
     def _put_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -51,6 +51,11 @@ class GradualPrune(L.Callback):
     set to zero, until each layer has exactly ``round(sparsity * n)`` zeros among its ``n`` weights.
     Zeros stay zero after every optimizer step, and so do those that the network begins with. The
     masks are state of this callback, one byte a weight: the network's state dict keeps its keys.
+    Under ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` the weights come back with their zeros,
+    but ``masks`` and ``target_reached`` stay in the processes that trained; ``ddp`` has them here.
+
+    Layers that are initialised with rows or columns of zeros, to be trained from there, cannot be
+    told from pruned ones: exclude them, or initialise them with small numbers.
 
     Zhu & Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
     compression" (arXiv 1710.01878).
