@@ -11,7 +11,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from slimnets import ExactResume, GradualPrune
+from slimnets import ExactResume, GradualPrune, LowRank
 from slimnets.resume import last_checkpoint
 from tests.support import Classifier, small_data, small_network
 
@@ -145,6 +145,7 @@ def assert_goes_on_from_each(make_trainer, tmp_path, make_save, **arguments):
         {"accumulate_grad_batches": 3},
         {"more": GradientAccumulationScheduler({0: 1, 1: 3})},
         {"max_steps": 7, "max_epochs": -1},
+        {"accumulate_grad_batches": 3, "more": LowRank(4, at=2)},  # replaced before a step is due
     ],
 )
 def test_a_run_resumed_from_any_batch_continues_bit_for_bit(make_trainer, tmp_path, arguments):

@@ -12,6 +12,7 @@ from torch import nn
 
 import slimnets
 from slimnets import DistillationModule, ExactResume, GradualPrune, LowRank
+from slimnets.pruning import random
 from tests.support import Classifier, small_data, small_network
 
 pytestmark = [  # a resumed run writes elsewhere here, and not always checkpoints
@@ -238,3 +239,42 @@ def test_the_order_makes_no_difference_in_the_middle_of_the_run_either(make_trai
         module, _ = fit(make_trainer, [GradualPrune(0.75), LowRank(r=0.25, at=8)][::order])
         results.append(module.student.state_dict())
     assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+
+
+def test_a_checkpoint_between_the_replacement_and_the_next_step_is_resumed(make_trainer, tmp_path):
+    class Dies(Classifier):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 8:
+                raise RuntimeError("the node died")
+            return super().training_step(batch, batch_idx)
+
+    def callbacks(folder):
+        save = ModelCheckpoint(folder, filename="x", save_on_exception=True)
+        return [LowRank(r=0.25, at=8), GradualPrune(0.75, begin=2, end=14, every=1), save]
+
+    with pytest.raises(RuntimeError, match="the node died"):
+        fit(make_trainer, callbacks(tmp_path / "a"), Dies(), enable_checkpointing=True)
+    path = tmp_path / "a/x.ckpt"
+    assert "network.7.first.weight" in torch.load(path)["state_dict"]
+    with pytest.warns(UserWarning, match="your dataloader is not resumable"):
+        again = callbacks(tmp_path / "b")
+        module, _ = fit(
+            make_trainer, again, Classifier(), ckpt_path=path, enable_checkpointing=True
+        )
+    for zeros, wanted in pair_zeros(module.network).values():
+        assert zeros == wanted
+
+
+def test_zeros_of_other_layers_stay_where_some_are_replaced_in_the_middle(make_trainer):
+    class Zeros(L.Callback):
+        history = ()
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.history += (pl_module.network[3].weight.detach() == 0,)
+
+    zeros = Zeros()
+    # masks that were chosen anew would be others
+    callbacks = [GradualPrune(0.75, criterion=random), LowRank({"*.7": 4}, at=8), zeros]
+    fit(make_trainer, callbacks, Classifier())
+    for before, after in zip(zeros.history, zeros.history[1:], strict=False):
+        assert after[before].all()

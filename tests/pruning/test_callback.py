@@ -321,6 +321,31 @@ def test_weights_that_are_written_between_steps(make_trainer):
     assert zeros(module) == look.seen == look.validated == expected(module, 0.9)
 
 
+class WritesAtTheEnd(L.Callback):
+    """Gives the module an average of its own, as a user's callback does."""
+
+    def __init__(self, hook):
+        def write(trainer, pl_module, **_):
+            with torch.no_grad():
+                for parameter in pl_module.parameters():
+                    parameter.add_(0.01)
+
+        setattr(self, hook, write)
+
+
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_are_written_at_the_end(make_trainer, hook, first):
+    module, prune, writes = Classifier(), GradualPrune(0.9), WritesAtTheEnd(hook)
+    callbacks = [writes, prune] if first else [prune, writes]
+    make_trainer(max_epochs=1, callbacks=callbacks).fit(module, small_data(), small_data(8))
+    assert zeros(module) == expected(module, 0.9)
+    module = Classifier()
+    setattr(module, hook, partial(getattr(writes, hook), None, module))
+    run(make_trainer, GradualPrune(0.9), module)
+    assert zeros(module) == expected(module, 0.9)
+
+
 def test_layers_too_small_for_so_many_zeros_are_named(make_trainer):
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.Linear(32, 1))
     network.append(nn.Linear(1, 4))

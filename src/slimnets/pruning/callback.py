@@ -216,6 +216,8 @@ class GradualPrune(L.Callback):
         if pl_module.automatic_optimization and steps:
             # a step that the scaler skips for its infinities runs no hook of the optimizer
             steps[0] = max(steps[0], trainer.global_step - self._start)
+        # layers may have been replaced for a step that is still to come, and a checkpoint be due
+        self._follow(trainer, compressed_network(pl_module))
         if any(steps):
             self._grow(trainer)
         self._log(trainer, pl_module)
@@ -238,6 +240,7 @@ class GradualPrune(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the masks and the weights that are left, averaged weights copied back by now."""
+        self._keep_zeros()  # others may have written weights when training ended, after us
         network, masks = compressed_network(pl_module), self.masks
         log_masks(trainer, masks)
         log_weights(trainer, network, masks)
@@ -251,6 +254,11 @@ class GradualPrune(L.Callback):
         self._clock.stop()
         self._restored = None
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Prune what was written in ``on_fit_end``, the module's or a callback's after this one."""
+        if stage == "fit":
+            self._keep_zeros()
+
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit a weight, steps, span, and the arguments for comparison."""
         if self._pruner is None:  # of a run that was over when it was resumed, what was loaded
@@ -262,6 +270,13 @@ class GradualPrune(L.Callback):
             "span": [span.begin, span.end, span.every],
             "masks": self._pruner.state_dict(),
         }
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave out masks of layers that have just been replaced; the zeros are in the weights."""
+        if self._pruner and not self._pruner.is_of(compressed_network(pl_module)):
+            checkpoint["callbacks"][self.state_key]["masks"] = {}
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -337,9 +352,9 @@ class GradualPrune(L.Callback):
     def _follow(self, trainer: L.Trainer, network: nn.Module) -> None:
         """Take up the layers that have replaced others in the middle of the run, if any have."""
         assert self._pruner is not None
-        now = dict(network.named_parameters(remove_duplicate=False))
-        if all(now.get(name) is weights for name, weights in self._pruner.parameters.items()):
+        if self._pruner.is_of(network):
             return
+        self._keep_zeros()  # momentum has moved those of the other layers, whose masks begin anew
         self._pruner = self._make_pruner(trainer, network)
         self._progress = []  # so that the new weights are pruned at once, as far as is due
 

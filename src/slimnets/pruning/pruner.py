@@ -72,6 +72,11 @@ class Pruner:
         """Whether every quota is filled."""
         return all(self._count(names) >= k for names, k in self._quotas(self.targets))
 
+    def is_of(self, network: nn.Module) -> bool:
+        """Whether the weights are still those of ``network``, where layers may be replaced."""
+        now = dict(network.named_parameters(remove_duplicate=False))
+        return all(now.get(name) is weights for name, weights in self.parameters.items())
+
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """The masks at one bit a weight, their shapes, and the threshold of each if it has one."""
         return {
