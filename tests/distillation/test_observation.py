@@ -271,3 +271,60 @@ def test_a_single_logit_is_no_class(make_trainer) -> None:
     trainer.fit(module, data)
     assert "train/distillation_loss" in trainer.callback_metrics
     assert not {"train/agreement", "train/student_accuracy"} & set(trainer.callback_metrics)
+
+
+class Tagger(Classifier):
+    """Returns logits of shape (batch, tokens, classes), as a bare tensor."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        super().__init__(nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 5)))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]).movedim(-1, 1), batch[1])
+
+
+def tokens(length: int = 7) -> DataLoader[tuple[Tensor, ...]]:
+    inputs = torch.randint(11, (16, length))
+    return DataLoader(TensorDataset(inputs, inputs % 5), batch_size=8)
+
+
+@pytest.mark.parametrize("loss", [None, logit_regression])
+def test_classes_that_are_last_are_refused(make_trainer, loss) -> None:
+    module = DistillationModule(Tagger(0), Tagger(1), loss=loss)
+    with pytest.raises(ValueError, match=r"shape \(8, 7, 5\), with the classes last .*movedim"):
+        make_trainer(max_epochs=1).fit(module, tokens())
+
+
+def test_a_loss_of_ones_own_takes_classes_that_are_last(make_trainer) -> None:
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return soft_targets(student.movedim(-1, 1), teacher.movedim(-1, 1))
+
+    student, teacher = Tagger(0), Tagger(1)
+    data = tokens()
+    inputs, targets = next(iter(data))
+    found = [network(inputs).argmax(-1) for network in (student, teacher)]
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(DistillationModule(student, teacher, loss=loss), data)
+    logged = trainer.callback_metrics
+    right = [(one == targets).float().mean() for one in found]
+    torch.testing.assert_close(logged["train/agreement"], (found[0] == found[1]).float().mean())
+    torch.testing.assert_close(logged["train/student_accuracy"], right[0])
+    torch.testing.assert_close(logged["train/teacher_accuracy"], right[1])
+
+
+def test_where_either_axis_may_be_the_classes_they_are_the_second(make_trainer) -> None:
+    module = DistillationModule(Tagger(0), Tagger(1))
+    make_trainer(max_epochs=1).fit(module, tokens(length=5))
+
+
+def test_logits_that_are_changed_in_place_are_an_error(make_trainer) -> None:
+    class Student(Classifier):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            logits = self(batch[0])
+            logits /= 0.1
+            return F.cross_entropy(logits, batch[1])
+
+    module = DistillationModule(Student(), small_network())
+    with pytest.raises(RuntimeError, match=r"changed in place .* logits = logits / 2"):
+        make_trainer(max_epochs=1).fit(module, small_data())

@@ -48,7 +48,8 @@ class DistillationModule(L.LightningModule):
 
     The loss is ``(1 - alpha) * student's loss + alpha * distillation loss``, averaged over the
     batch. The distillation loss is that of :func:`soft_targets` (Hinton et al., arXiv 1503.02531),
-    unless ``loss`` says otherwise.
+    unless ``loss`` says otherwise. It takes tensors of shape ``(batch, classes, ...)``, and outputs
+    with ``.logits`` of that shape or ``(batch, tokens, classes)``.
 
     A student that is a plain ``nn.Module`` takes batches of (input, target), and its own loss is
     the cross entropy.
@@ -64,7 +65,8 @@ class DistillationModule(L.LightningModule):
 
     The teacher is put into eval mode, and its parameters no longer require gradients. It is no
     submodule, so that it is in no checkpoint, optimizer or ``parameters()``; it moves to the
-    device of the student, and keeps its own precision. It gets a copy of the student's inputs.
+    device of the student, and its weights keep their own precision, in which it computes but for
+    autocast (``bf16-mixed``), which is for both. It gets a copy of the student's inputs.
 
     Logged are, below ``train/``, ``val/`` and ``test/``: ``student_loss`` (that of a
     LightningModule while it trains only), ``distillation_loss``, ``agreement`` (how often both
@@ -92,7 +94,8 @@ class DistillationModule(L.LightningModule):
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument has a value that makes no sense, or is for the other kind of
             student, or if student and teacher share parameters.
-        RuntimeError: In ``fit``, if a step makes no forward pass to distill from.
+        RuntimeError: In ``fit``, if a step makes no forward pass to distill from, or changes its
+            logits in place.
 
     Examples:
         >>> student, teacher = nn.Linear(8, 3), nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 3))

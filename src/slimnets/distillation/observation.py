@@ -10,16 +10,23 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from slimnets.distillation.losses import logits_of
+from slimnets.distillation.losses import logit_regression, logits_of, soft_targets
 
 STAGES = {"training_step": "train", "validation_step": "val", "test_step": "test"}
 
 
 class Pass(NamedTuple):
-    """One forward pass: what student and teacher returned for the same inputs."""
+    """One forward pass: what student and teacher returned for the same inputs.
+
+    Attributes:
+        student: The student's output.
+        teacher: The teacher's.
+        version: How often the student's logits had been changed in place by then.
+    """
 
     student: Any
     teacher: Any
+    version: int
 
 
 class Observation:
@@ -68,7 +75,7 @@ def observe(
 
     def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if wanted():
-            observation.passes.append(Pass(output, answers.pop()))
+            observation.passes.append(Pass(output, answers.pop(), _version_of(output)))
 
     handles = (
         network.register_forward_pre_hook(before, with_kwargs=True),
@@ -113,11 +120,19 @@ class Report:
         ):
             self.samples += 1
             return
+        if self.has_classes_last(student):  # which a loss of the user's takes as they are
+            student, teacher = student.movedim(-1, 1), teacher.movedim(-1, 1)
         self.samples += len(student)
         self.add("agreement", _accuracy(student, teacher.argmax(dim=1)))
         if self._target is not None and is_classes(self._target, student):
             self.add("student_accuracy", _accuracy(student, self._target))
             self.add("teacher_accuracy", _accuracy(teacher, self._target))
+
+    def has_classes_last(self, logits: Tensor) -> bool:
+        """Whether the batch tells that ``logits`` are of shape ``(batch, ..., classes)``."""
+        if logits.ndim < 3 or is_classes(self._target, logits):
+            return False
+        return is_classes(self._target, logits.movedim(-1, 1))
 
     def log(self, module: L.LightningModule, step: str) -> None:
         """Log below the name of the stage of ``step``: of losses the sum, of others the mean."""
@@ -142,9 +157,12 @@ def distillation_loss(
 
     Raises:
         TypeError: If ``loss`` returns anything but a tensor of one value.
+        ValueError: If it would take another axis of the logits for the classes.
+        RuntimeError: If the logits are no longer those of the forward pass.
     """
     values = []
     for seen in passes:
+        _refuse_other_logits(loss, seen, report)
         value = loss(seen.student, seen.teacher)
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -157,6 +175,29 @@ def distillation_loss(
     mean = torch.stack(values).mean()
     report.add("distillation_loss", mean)
     return mean
+
+
+def _refuse_other_logits(loss: Callable[[Any, Any], Tensor], seen: Pass, report: Report) -> None:
+    if _version_of(seen.student) != seen.version:
+        raise RuntimeError(
+            "the student's logits were changed in place after its forward pass, and the "
+            "distillation loss with them: make new ones, as logits = logits / 2, not logits /= 2"
+        )
+    logits = logits_of(seen.student)
+    is_ours = getattr(loss, "func", loss) in (soft_targets, logit_regression)
+    if is_ours and logits is not None and report.has_classes_last(logits):
+        raise ValueError(
+            f"the logits have shape {tuple(logits.shape)}, with the classes last as the targets "
+            "tell, and the distillation loss takes (batch, classes, ...): return "
+            "logits.movedim(-1, 1) or an output with .logits, or pass loss=lambda student, "
+            "teacher: soft_targets(student.movedim(-1, 1), teacher.movedim(-1, 1))"
+        )
+
+
+def _version_of(output: Any) -> int:
+    """How often the logits in ``output`` have been changed; inference mode does not count."""
+    logits = logits_of(output)
+    return 0 if logits is None or logits.is_inference() else logits._version
 
 
 def is_classes(target: Any, logits: Tensor) -> bool:
