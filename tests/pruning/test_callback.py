@@ -410,6 +410,52 @@ def test_globally_under_two_optimizers_the_slower_is_the_clock(make_trainer):
     assert watch.history[7] == round(0.5 * total)
 
 
+class AdamThenLBFGS(Classifier):
+    """One optimizer after the other, both over all weights, as physics-informed networks have."""
+
+    def __init__(self):
+        super().__init__(small_network(norm=False))
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()[self.current_epoch >= 2]
+
+        def closure():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+
+    def configure_optimizers(self):
+        everything, head = self.parameters(), self.network[7:].parameters()
+        return (
+            torch.optim.Adam(everything, lr=1e-3),
+            torch.optim.LBFGS(self.parameters(), max_iter=2),
+            torch.optim.SGD(head, lr=0.1),  # never stepped
+        )
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("end", [9, 15])
+def test_of_weights_of_several_optimizers_the_steps_of_all_count(make_trainer, every, end):
+    prune = GradualPrune(0.9, begin=0, end=end, every=every, schedule=linear)
+    module, watch, _ = run(make_trainer, prune, AdamThenLBFGS())
+    assert prune._clock.steps == [12, 6, 0]
+    total = sum(expected(module, 1.0).values())
+    updates = [min(step // every * every, end) if step < end else end for step in range(1, 19)]
+    for count, step in zip(watch.history, updates, strict=True):
+        assert count / total == pytest.approx(0.9 * step / end, abs=1e-3)
+    assert zeros(module) == expected(module, 0.9)
+
+
+def test_a_run_of_several_optimizers_that_is_too_short_tells_the_steps_of_all(make_trainer):
+    prune = GradualPrune(0.9, begin=0, end=20, every=1)
+    with pytest.warns(UserWarning, match="stopped after 18 optimizer steps, .* at step 20"):
+        run(make_trainer, prune, AdamThenLBFGS())
+
+
 class Nested(torch.optim.SGD):
     """Steps by a step of its parent, whose hooks torch then calls too."""
 

@@ -66,7 +66,7 @@ class GradualPrune(L.Callback):
             left alone.
         initial: The share of zeros at ``begin``.
         begin: The first update: an int is optimizer steps, a float in [0, 1] a fraction of the run.
-            The steps are those of the optimizer that owns the weights.
+            The steps are those of the optimizer that owns the weights; of several, those of all.
         end: The last update, at which ``sparsity`` is reached; an int or a float as above.
         every: The steps from one update to the next; an int or a float as above, at least one step.
         schedule: From progress in [0, 1] to a share in [0, 1] of the way from ``initial`` to
@@ -236,7 +236,7 @@ class GradualPrune(L.Callback):
         self._clock.stop()
         self._keep_zeros()
         if self._pruner and not is_fast_dev_run(trainer):
-            warn_at_end(self._pruner, max(self._clock.steps, default=0), self._clock.span)
+            warn_at_end(self._pruner, self._clock.latest, self._clock.span)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the masks and the weights that are left, averaged weights copied back by now."""

@@ -12,7 +12,7 @@ from slimnets.pruning.span import Span
 
 
 class Clock:
-    """Counts the steps of each optimizer.
+    """Counts the steps of each optimizer; of weights that several have, those of all of them.
 
     Args:
         span: When masks are updated.
@@ -35,11 +35,17 @@ class Clock:
         self._depths: list[int] = []  # of each optimizer, how many calls of step are running
         self._hooks: list[RemovableHandle] = []
         self._optimizers: list[Optimizer] = []
+        self._owners: list[tuple[int, ...]] = []  # each optimizer, and those with weights in common
 
     @property
     def progress(self) -> list[float | None]:
-        """Of each optimizer, how much of the span has passed; None before it begins."""
-        return [self.span.progress(steps) for steps in self.steps]
+        """How much of the span has passed, of each of ``_owners``; None before it begins."""
+        return [self._progress_of(owners) for owners in self._owners]
+
+    @property
+    def latest(self) -> int:
+        """The steps that the weights have seen which have seen the most."""
+        return max(map(self._steps_of, self._owners), default=0)
 
     @property
     def is_running(self) -> bool:
@@ -51,6 +57,8 @@ class Clock:
         self._optimizers = list(optimizers)
         self.steps += [0] * (len(optimizers) - len(self.steps))
         self.settle()
+        alone = {(index,) for index in range(len(optimizers))}
+        self._owners = sorted(alone | {*_owners_in(optimizers).values()})
         for index, optimizer in enumerate(optimizers):
             before, after = partial(self._enter, index), partial(self._leave, index, after_step)
             self._hooks.append(optimizer.register_step_pre_hook(before))
@@ -80,25 +88,27 @@ class Clock:
         index: int | None = None,
     ) -> dict[str, float]:
         """The share of zeros that each weight should have by now, of one optimizer or of all."""
-        owners = {
-            parameter: number
-            for number, optimizer in enumerate(optimizers)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        shares = [None if p is None else self.schedule(p) for p in self.progress]
+        owners_in = _owners_in(optimizers)
         due = {}
         for name, parameter in parameters.items():
-            owner = owners.get(parameter)
-            if index is not None and owner != index:
+            owners = owners_in.get(parameter, ())
+            if index is not None and index not in owners:
                 continue
-            share = shares[owner or 0]  # frozen weights follow the first optimizer
-            if share is None:
+            progress = self._progress_of(owners or (0,))  # frozen weights follow the first
+            if progress is None:
                 due[name] = 0.0
-            else:  # rounding must not keep the end from being the target
-                between = self.initial + (targets[name] - self.initial) * share
-                due[name] = targets[name] if share == 1 else between
+                continue
+            share = self.schedule(progress)
+            # rounding must not keep the end from being the target
+            between = self.initial + (targets[name] - self.initial) * share
+            due[name] = targets[name] if share == 1 else between
         return due
+
+    def _progress_of(self, owners: tuple[int, ...]) -> float | None:
+        return self.span.progress(self._steps_of(owners))
+
+    def _steps_of(self, owners: tuple[int, ...]) -> int:
+        return sum(self.steps[index] for index in owners)
 
     def _enter(self, index: int, *_: Any) -> None:
         self._depths[index] += 1
@@ -108,3 +118,12 @@ class Clock:
         self._depths[index] -= 1
         self.steps[index] += self._depths[index] == 0
         after_step(index)
+
+
+def _owners_in(optimizers: Sequence[Optimizer]) -> dict[nn.Parameter, tuple[int, ...]]:
+    """Each parameter, and the indices of the optimizers that have it."""
+    found: dict[nn.Parameter, tuple[int, ...]] = {}
+    for index, optimizer in enumerate(optimizers):
+        for parameter in {one for group in optimizer.param_groups for one in group["params"]}:
+            found[parameter] = (*found.get(parameter, ()), index)
+    return found
