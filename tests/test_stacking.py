@@ -1,6 +1,8 @@
 """The three methods on one Trainer."""
 
 import copy
+import re
+import warnings
 from functools import partial
 from itertools import permutations
 
@@ -278,3 +280,24 @@ def test_zeros_of_other_layers_stay_where_some_are_replaced_in_the_middle(make_t
     fit(make_trainer, callbacks, Classifier())
     for before, after in zip(zeros.history, zeros.history[1:], strict=False):
         assert after[before].all()
+
+
+def test_a_resumed_run_that_is_too_short_says_so_at_its_start(make_trainer, tmp_path):
+    class Save(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    def callbacks():
+        return [GradualPrune(0.75, end=1.0), LowRank(r=0.25, at=0.75), Save()]
+
+    fit(make_trainer, callbacks(), Classifier(), epochs=4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(make_trainer, callbacks(), Classifier(), epochs=2, ckpt_path=tmp_path / "6.ckpt")
+    ours = [str(one.message) for one in said if re.match("GradualPrune|LowRank", str(one.message))]
+    assert re.match(r"GradualPrune: .* at step 24, .* ends after 12 optimizer steps", ours[0])
+    assert re.match(r"LowRank\(at=0\.75\): .* at step 18, .* ends after 12 optimizer", ours[1])
+    assert all("training stopped" in one for one in ours[2:]) and len(ours) == 4
+    # a longer one, and one that is over what it was to do, have nothing to say
+    for epochs, path in (5, "6.ckpt"), (4, "18.ckpt"):
+        fit(make_trainer, callbacks(), Classifier(), epochs=epochs, ckpt_path=tmp_path / path)

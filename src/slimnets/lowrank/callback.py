@@ -20,7 +20,7 @@ from slimnets.lowrank.follow import follow_state_dict
 from slimnets.lowrank.modules import LowRankPair, pairs_of
 from slimnets.lowrank.plan import Plan, Rank, check_arguments, named_layers, plan
 from slimnets.lowrank.report import call_of, scalars, tell
-from slimnets.lowrank.swap import check_at, check_run, resolve_at, swap
+from slimnets.lowrank.swap import check_at, check_run, resolve_at, swap, warn_if_too_short
 from slimnets.trainer import (
     copy_averages_anew,
     logged_step,
@@ -211,8 +211,11 @@ class LowRank(L.Callback):
         """
         self._stop_following()  # the optimizers have the pairs: dense weights cannot go in now
         self._refuse_stale(trainer, pl_module)
-        if self._at is not None and self._step is None and not self._done:
-            self._step = resolve_at(trainer, self._at, self._max_epochs)
+        if self._at is not None and not self._done:
+            if self._step is None:
+                self._step = resolve_at(trainer, self._at, self._max_epochs)
+            else:
+                warn_if_too_short(trainer, self._at, self._step, self._max_epochs)
         self._start = trainer.global_step
         self._log(trainer, pl_module)
 

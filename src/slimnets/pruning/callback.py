@@ -19,6 +19,7 @@ from slimnets.pruning.report import (
     scalars,
     warn_at_end,
     warn_at_start,
+    warn_if_too_short,
     warn_of_changes,
     warn_of_others,
 )
@@ -168,6 +169,8 @@ class GradualPrune(L.Callback):
         steps = restored["steps"] if restored else [0] * len(trainer.optimizers)
         if restored and not warn_of_changes(self._arguments(), restored["arguments"]):
             span = Span(*restored["span"])
+            if not is_fast_dev_run(trainer):
+                warn_if_too_short(span, self._length(trainer, steps))
         else:
             span = self._resolve(trainer, steps)
         pruner = self._make_pruner(trainer, network)
@@ -306,13 +309,16 @@ class GradualPrune(L.Callback):
         self._restored = state_dict if state_dict and self._is_fitting else None
 
     def _resolve(self, trainer: L.Trainer, steps: list[int]) -> Span:
-        length = max(steps, default=0) + remaining_steps(trainer, self._max_epochs)
+        length = self._length(trainer, steps)
         if is_fast_dev_run(trainer):
             return Span(0, 1 if math.isinf(length) else max(1, int(length)), 1)
         relative = any(isinstance(value, float) for value in (self.begin, self.end, self.every))
         if relative and has_time_limit(trainer):
             length = math.inf
         return resolve_span(self.begin, self.end, self.every, length)
+
+    def _length(self, trainer: L.Trainer, steps: list[int]) -> float:
+        return max(steps, default=0) + remaining_steps(trainer, self._max_epochs)
 
     def _arguments(self) -> dict[str, str]:
         names = ("sparsity", "initial", "begin", "end", "every", "schedule", "criterion", "scope")

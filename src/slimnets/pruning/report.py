@@ -56,6 +56,19 @@ def warn_at_start(
         )
 
 
+def warn_if_too_short(span: Span, length: float) -> None:
+    """Say so if a resumed run, ``length`` steps with those before, does not reach its span's end.
+
+    It is not refused, as a new one is, since it may be resumed once more.
+    """
+    if span.end > length:
+        rank_zero_warn(
+            f"GradualPrune: pruning ends at step {span.end}, as resolved when the run began, and "
+            f"this run ends after {length:g} optimizer steps, so the target sparsity will not be "
+            "reached; train for longer, or give another end="
+        )
+
+
 def warn_at_end(pruner: Pruner, steps: int, span: Span) -> None:
     """Say how far pruning came, if it did not come to its end."""
     if not pruner.reached:
