@@ -54,6 +54,21 @@ def test_pt2(tmp_path, batch):
             torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+class Shifted(nn.Module):
+    def forward(self, x, shift):
+        return x + shift
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_an_input_of_length_one_beside_a_batch_stays_that(tmp_path, batch):
+    shift = torch.randn(1, 5, 8)
+    path = export(Shifted(), (torch.randn(batch, 5, 8), shift), tmp_path / "net.pt2")
+    loaded = torch.export.load(path).module()
+    for n in (1, batch, 7):
+        x = torch.randn(n, 5, 8)
+        torch.testing.assert_close(loaded(x, shift), x + shift)
+
+
 def test_onnx_in_both_runtimes(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -140,7 +140,9 @@ def test_what_is_no_plain_tensor_is_named(value: Any) -> None:
 # Written whole or not at all
 
 
-def test_a_link_is_followed_and_the_usual_permissions_hold(tmp_path: Path) -> None:
+def test_a_link_is_followed_and_permissions_are_kept_or_usual(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "there").mkdir()
     link = tmp_path / "link"
     link.symlink_to("there/file")
@@ -149,6 +151,9 @@ def test_a_link_is_followed_and_the_usual_permissions_hold(tmp_path: Path) -> No
     plain = tmp_path / "plain"
     plain.write_bytes(b"")
     assert (tmp_path / "there/file").stat().st_mode == plain.stat().st_mode
+    plain.chmod(0o600)
+    write(plain, b"new")
+    assert plain.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:

@@ -119,6 +119,17 @@ def test_a_slower_baseline_is_seen_to_be_slower() -> None:
     assert summarize(fast, torch.randn(8, 64), baseline=slow).ratios["latency"] > 3
 
 
+def test_inputs_of_every_shape_are_named() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: object, scale: float = 1.0) -> torch.Tensor:
+            x = x if isinstance(x, torch.Tensor) else x[0]["x"]  # type: ignore[index]
+            return x * scale
+
+    x = torch.ones(2, 3)
+    for example, shapes in ((x, "(2, 3)"), (([{"x": x}], 2.0), "(2, 3)"), ({"x": x}, "(2, 3)")):
+        assert f"input {shapes} on cpu" in (summarize(Scaled(), example).conditions or "")
+
+
 def test_a_network_without_nonzeros_divides_by_nothing() -> None:
     network = nn.Linear(2, 2)
     network.weight.data.zero_()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slimnets.acceleration.attention import traceable
 from slimnets.acceleration.prepare import (
+    copied,
     copy_for_inference,
     graph_of,
     positional,
@@ -28,7 +29,8 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
 
     Weights are written dense: these runtimes gain nothing from single zeros. The first dimension
     of every input, the batch, may change afterwards where the network allows it; that of a vector
-    if it is as long as the batch is large.
+    if it is as long as the batch is large, and one of length 1 beside longer ones stays that. An
+    example of one sample alone is taken twice, so give two if some inputs are the same for all.
 
     Args:
         model: Any module that ``torch.export`` understands; it is copied and left as it is.
@@ -62,9 +64,9 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
 def simplified(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
     """A copy of ``model`` with batch norm folded and dead channels removed, where it is traced."""
     original = copy_for_inference(model)
-    original(*example)  # what is made at the first run is there at the next
+    original(*copied(example))  # what is made at the first run is there at the next
     versions = versions_of(original)
-    expected = original(*example)
+    expected = original(*copied(example))
     if versions != versions_of(original):  # the file has to begin where the model stands
         return copy_for_inference(model)
     graph = graph_of(traceable(original), example, expected)
@@ -100,13 +102,14 @@ def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
 
 
 def _are_batches(example: tuple[Any, ...]) -> list[bool]:
-    tensors = [value for value in example if isinstance(value, Tensor)]
+    tensors = [value for value in example if isinstance(value, Tensor) and value.dim()]
     sizes = {len(value) for value in tensors if value.dim() > 1}
-    return [
-        isinstance(value, Tensor)
-        and (value.dim() > 1 or (value.dim() == 1 and len(value) in sizes))
-        for value in example
+    batches = [
+        value
+        for value in tensors
+        if (value.dim() > 1 or len(value) in sizes) and (len(value) > 1 or sizes == {1})
     ]
+    return [any(value is one for one in batches) for value in example]
 
 
 def _batch(value: Tensor, mobile: bool) -> Any:

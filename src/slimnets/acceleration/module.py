@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from enum import Enum
-from types import FunctionType
+from functools import partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_flatten
 
 from slimnets.acceleration.attention import traceable
 from slimnets.acceleration.choose import EAGER, ENGINE, Choice, choose
@@ -14,18 +17,23 @@ from slimnets.acceleration.inside import opaque, swap_layers
 from slimnets.acceleration.measure import shortest_times
 from slimnets.acceleration.pairs import has_pairs, pairs_or_products
 from slimnets.acceleration.prepare import (
+    copied,
     copy_for_inference,
     graph_of,
     positional,
     same_results,
     simplify,
+    tensors_in,
 )
 from slimnets.acceleration.report import Report
 from slimnets.acceleration.trace import version_of, versions_of
 from slimnets.layers import compressed_network
 
 LEAST_GAIN = 1.05
-BY_VALUE = (int, float, str, bool, type(None), Enum, torch.dtype, type, FunctionType)
+BY_VALUE = (
+    *(int, float, str, bool, type(None), Enum, torch.dtype, type),
+    *(FunctionType, BuiltinFunctionType, partial),
+)
 """Arguments that a network may ask which one they are, unseen by the tracer."""
 
 
@@ -40,16 +48,21 @@ class Accelerated(nn.Module):
         report: What was chosen for each layer, and what it gained.
     """
 
+    fast: nn.Module | None
+    known: nn.Module
+
     def __init__(
         self, original: nn.Module, fast: nn.Module | None, example: tuple[Any, ...], report: Report
     ) -> None:
         super().__init__()
         self.original = original
-        self.fast = fast
+        # no children: they are not to be counted or saved, and nobody moves or converts them
+        self.__dict__.update(fast=fast, known=original)
         self.report = report
         self.expected = [_kind(value) for value in example]
-        self.state = _placement(original)
-        original.register_load_state_dict_post_hook(self._forget)
+        self.placement = _placement(original)
+        for module in original.modules():
+            module.register_load_state_dict_post_hook(self._forget)
         self.eval()
 
     @property
@@ -69,7 +82,11 @@ class Accelerated(nn.Module):
                 return self.original(*args)
 
     def _expects(self, args: tuple[Any, ...]) -> bool:
+        if self.original is not self.known:  # a file of low-rank pairs has been loaded
+            return False
         if torch.is_autocast_enabled("cpu") or len(args) != len(self.expected):
+            return False
+        if _get_current_dispatch_mode() is not None:  # operations are counted or changed
             return False
         return all(_kind(value) == kind for value, kind in zip(args, self.expected, strict=True))
 
@@ -79,23 +96,35 @@ class Accelerated(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Accelerated":
         self.original._apply(fn, recurse)
-        if _placement(self.original) != self.state:  # moved, or of another type
-            self.fast = None
+        if _placement(self.original) != self.placement:  # moved, or of another type
+            self._forget()
         return self
 
     def _forget(self, *_: Any) -> None:
-        self.fast = None  # it has copies of the weights, some packed
+        self.__dict__["fast"] = None  # it has copies of the weights, some packed
+
+
+class _Contiguous(nn.Module):
+    """Results lie in memory as PyTorch's do, or ``view`` would fail on them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.network(*args).contiguous()  # type: ignore[no-any-return]
 
 
 def _kind(value: Any) -> Any:
     """What has to stay the same for the graph to be right."""
     if type(value) in (Tensor, nn.Parameter):
         return value.dtype, value.device.type, value.dim(), value.layout
-    if type(value) in (tuple, list):
-        return type(value), [_kind(one) for one in value]
-    if type(value) is dict:
-        return dict, [(key, _kind(one)) for key, one in value.items()]
-    return type(value), value if isinstance(value, BY_VALUE) else None
+    if isinstance(value, BY_VALUE):
+        return type(value), value
+    leaves, structure = tree_flatten(value)
+    if structure.is_leaf():  # nobody knows what is in it
+        return object()
+    return structure, [_kind(leaf) for leaf in leaves]
 
 
 def _placement(module: nn.Module) -> list[tuple[torch.dtype, torch.device]]:
@@ -122,11 +151,11 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
     example = positional(model, example_input)
     original = copy_for_inference(compressed_network(model))
     with torch.no_grad():
-        original(*example)  # what is made at the first run is there at the next
+        original(*copied(example))  # what is made at the first run is there at the next
         versions = versions_of(original)
-        given = _versions(example)
+        given = _state_of(example)
         expected = original(*example)
-        changed = "its input" if given != _versions(example) else ""
+        changed = "its input" if given != _state_of(example) else ""
         if versions != versions_of(original):
             changed = "its buffers"
         if changed:
@@ -140,13 +169,9 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
     return Accelerated(original, fast, example, report)
 
 
-def _versions(value: Any) -> Any:
-    """What differs after a tensor in ``value`` has been changed."""
-    if isinstance(value, Tensor):
-        return version_of(value)
-    if type(value) in (tuple, list, dict):
-        return [*map(_versions, value.values() if type(value) is dict else value)]
-    return None
+def _state_of(arguments: tuple[Any, ...]) -> Any:
+    """What differs after something in ``arguments`` has been changed."""
+    return tree_flatten(arguments)[1], [version_of(tensor) for tensor in tensors_in(arguments)]
 
 
 def _fastest(
@@ -165,6 +190,8 @@ def _fastest(
     else:
         choice = _of_graph(graph, example)
     variants = {n: v for n, v in choice.variants.items() if same_results(v, example, expected)}
+    if isinstance(expected, Tensor) and expected.is_contiguous():
+        variants = {name: _Contiguous(variant) for name, variant in variants.items()}
     if not variants:
         report.note = "Nothing that was tried computes the same: the network stays as it is."
         return None, report

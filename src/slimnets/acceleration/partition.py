@@ -35,9 +35,11 @@ def cut(traced: fx.GraphModule, nodes: set[fx.Node]) -> dict[str, Region]:
     names = {node.name for node in nodes}
     chosen = create_op_support(lambda _, node: node.name in names)
     partitioner = CapabilityBasedPartitioner(traced, chosen, allows_single_node_partition=True)
-    partitions = [
-        p for p in partitioner.propose_partitions() if any(is_plain(module_of(n)) for n in p.nodes)
-    ]
+    partitions = partitioner.propose_partitions()
+    for one in partitions:
+        for node in [n for n in one.nodes if n.name not in names]:
+            one.remove_node(node)  # a slice, which the partitioner takes for a part of a tuple
+    partitions = [one for one in partitions if any(is_plain(module_of(n)) for n in one.nodes)]
     if not partitions:
         return {}
     partitioner.fuse_partitions(partitions, prefix="region_")

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,8 @@ class Report:
 
     def __rich__(self) -> Table:
         plural = "s" if self.threads > 1 else ""
-        table = Table(
-            title=f"Accelerated, {self.threads} thread{plural}", caption=self.note or None
-        )
+        caption = Text(self.note) if self.note else None
+        table = Table(title=f"Accelerated, {self.threads} thread{plural}", caption=caption)
         for name in ("layer", "type"):
             table.add_column(name, footer="all" if name == "layer" else "")
         table.add_column("zeros", justify="right")
@@ -78,10 +78,11 @@ class Report:
         table.show_footer = True
         for row in self.rows:
             times = (f"{row.before:.3f}", f"{row.after:.3f}", f"{row.gain:.1f}x")
-            table.add_row(row.name, row.kind, f"{row.zeros:.1%}", row.choice, *times)
+            cells = (row.name, row.kind, f"{row.zeros:.1%}", row.choice, *times)
+            table.add_row(*map(Text, cells))  # no part of a name is markup
         return table
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=110, markup=False).print(self)
+        Console(file=text, width=110).print(self)
         return text.getvalue()

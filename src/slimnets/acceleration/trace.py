@@ -1,10 +1,12 @@
 """From a module to a graph of layers, and the layers that can be computed in another place."""
 
 import copy
+import gc
 import inspect
 import operator
 import pickle
 import random
+import weakref
 from collections import deque
 from typing import Any
 
@@ -16,12 +18,23 @@ from torch.nn.modules.dropout import _DropoutNd
 IN_PLACE_FUNCTIONS = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
 
 
+class _Proxy(fx.Proxy):
+    def __hash__(self) -> int:  # of its identity, it would be in no set of sizes
+        raise fx.proxy.TraceError("which of several values it is cannot be traced")
+
+
 class _Tracer(fx.Tracer):
     """Traces what can be traced; a module with control flow becomes one node."""
 
     def __init__(self) -> None:
         super().__init__()
         self._proxies: dict[str, Any] = {}  # of parameters that are read by hand
+        self.made: list[weakref.ref[fx.Proxy]] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = _Proxy(node, self)
+        self.made.append(weakref.ref(made))
+        return made
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         self._proxies = parameter_proxy_cache
@@ -56,10 +69,11 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     """``model`` as a graph of its first ``arguments`` arguments, the others at their defaults.
 
     Returns ``None`` where tracing fails, or where running the forward method has changed the
-    module or drawn random numbers: a graph would repeat what happened once. Nor can a graph call
-    hooks of the model, or change a tensor in place for those who read it through another view.
+    module, kept a value or drawn random numbers: a graph would repeat what happened once. Nor can a
+    graph call hooks of the model or a ``__call__`` of its own, or change a tensor in place for
+    those who read it through another view.
     """
-    if has_hooks(model):
+    if has_hooks(model) or type(model).__call__ is not nn.Module.__call__:
         return None
     model = nn.Sequential(model).eval() if is_plain(model) else model  # a layer has no graph
     defaults = _defaults_of(model)
@@ -70,7 +84,7 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     generators, attributes, versions = _generators(), _attributes(model), versions_of(model)
     try:
         with torch.no_grad():
-            graph = _Tracer().trace(model, concrete_args=fixed or None)
+            graph, kept = _traced(model, fixed)
     except Exception:
         return None
     unchanged = attributes == _attributes(model) and versions == versions_of(model)
@@ -78,8 +92,10 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     torch.set_rng_state(torch.from_numpy(generators[0]))
     random.setstate(generators[1])
     np.random.set_state(generators[2])
-    if drawn or not unchanged:
+    if drawn or kept or not unchanged:
         return None
+    if any(str(node.target).startswith("*") and node.users for node in _placeholders(graph)):
+        return None  # of keyword arguments, the graph cannot know which are given
     for node in _placeholders(graph)[arguments:]:
         _erase(node)  # with its users: tracing asserts that a default is passed again
     for node in graph.nodes:
@@ -89,6 +105,17 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
         return None
     _flatten_views(traced)
     return traced
+
+
+def _traced(model: nn.Module, fixed: dict[str, Any]) -> tuple[fx.Graph, bool]:
+    """The graph, and whether something that outlives the run has kept a value of it: a state."""
+    tracer = _Tracer()
+    graph = tracer.trace(model, concrete_args=fixed or None)
+    made = tracer.made
+    del tracer
+    if any(one() is not None for one in made):
+        gc.collect()  # a failure within a module holds values in a circle
+    return graph, any(one() is not None for one in made)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -265,9 +292,13 @@ def _is_batch_size(size: Any, source: fx.Node) -> bool:
 def is_plain(layer: nn.Module | None) -> bool:
     """Whether ``layer`` is a convolution or linear layer that computes nothing else."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
-    if not isinstance(layer, kinds) or not is_unaltered(layer):
+    if not isinstance(layer, kinds) or has_hooks(layer) or "weight" not in layer._parameters:
         return False
-    return "weight" in layer._parameters and type(layer).forward in {k.forward for k in kinds}
+    methods = ("forward", "_conv_forward")
+    if any(method in vars(layer) for method in methods):
+        return False
+    of = {kind: [getattr(kind, method, None) for method in methods] for kind in kinds}
+    return [getattr(type(layer), method, None) for method in methods] in of.values()
 
 
 class Recorder(fx.Interpreter):

@@ -27,7 +27,8 @@ def convert_checkpoint(
             that this refuses and you trust it, pass ``torch.load(path, weights_only=False)``.
         path: Where to.
         dtype: As for :func:`slimnets.save`; int8 scales run along each weight's first dimension,
-            as a checkpoint does not say which layers are transposed.
+            as a checkpoint does not say which layers are transposed. Nor does it say what is a
+            buffer: those with "weight" in their names are rounded too, but for masks.
         bits: As for :func:`slimnets.save`.
         network: The submodule whose weights to take, ``""`` for all. By default the student of a
             DistillationModule, and all of any other module.

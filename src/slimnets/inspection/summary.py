@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -214,11 +215,11 @@ def _compare(
 
 
 def _conditions(network: nn.Module, example_input: Any) -> str:
-    inputs = example_input.values() if isinstance(example_input, Mapping) else example_input
-    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    shapes = ", ".join(str(tuple(one.shape)) for one in inputs if isinstance(one, Tensor))
+    shapes: list[str] = []
+    apply_to_collection(example_input, Tensor, lambda one: shapes.append(str(tuple(one.shape))))
     threads = torch.get_num_threads()
-    return f"input {shapes} on {device_of(network)}, {threads} thread{'s' * (threads > 1)}"
+    place = f"{device_of(network)}, {threads} thread{'s' * (threads > 1)}"
+    return f"input {', '.join(shapes)} on {place}" if shapes else place
 
 
 def _spread(latency: Spread) -> str:
