@@ -484,6 +484,24 @@ class Forgiving(Classifier):
             optimizer.step()
 
 
+class Compiled(Forgiving):
+    """The step of its optimizer is compiled, and with it what is called in it."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        optimizer.step = torch.compile(optimizer.step, backend="eager")
+        return optimizer
+
+
+def test_a_step_of_the_optimizer_that_is_compiled(make_trainer):
+    prune = GradualPrune(0.9, begin=0, end=4, every=1, schedule=linear)
+    module, watch, _ = run(make_trainer, prune, Compiled(), epochs=1)
+    total = sum(expected(module, 1.0).values())
+    shares = [round(count / total * 4 / 0.9, 1) for count in watch.history]
+    assert shares == [1, 2, 3, 4, 4, 4]
+    assert zeros(module) == expected(module, 0.9)
+
+
 def test_a_step_within_a_step_is_one_step_and_one_that_raises_is_none(make_trainer):
     torch.optim.SGD([torch.zeros(1)])  # from now on torch calls the hooks of a step within a step
     prune = GradualPrune(0.9, begin=0, end=11, every=1, schedule=linear)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from slimnets.inspection.tensorboard import log_masks, log_summary, log_weights
 from slimnets.layers import Selectors, as_selectors, compressed_network
-from slimnets.pruning.clock import Clock
+from slimnets.pruning.clock import Clock, untraced
 from slimnets.pruning.criteria import Criterion, check_criterion, magnitude
 from slimnets.pruning.pruner import Pruner
 from slimnets.pruning.report import (
@@ -191,6 +191,7 @@ class GradualPrune(L.Callback):
         """Follow optimizers that were made anew in the middle of the run."""
         self._clock.follow(trainer.optimizers, partial(self._after_step, trainer))
 
+    @untraced
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:

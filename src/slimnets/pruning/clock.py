@@ -2,13 +2,24 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from slimnets.pruning.span import Span
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(function: F) -> F:
+    """Decorator: torch.compile passes over what runs within an optimizer's step that it compiles.
+
+    Hooks of the step stand in it, and so does the closure with all hooks of Lightning's.
+    """
+    return cast(F, torch.compiler.disable(function))
 
 
 class Clock:
@@ -110,9 +121,11 @@ class Clock:
     def _steps_of(self, owners: tuple[int, ...]) -> int:
         return sum(self.steps[index] for index in owners)
 
+    @untraced
     def _enter(self, index: int, *_: Any) -> None:
         self._depths[index] += 1
 
+    @untraced
     def _leave(self, index: int, after_step: Callable[[int], None], *_: Any) -> None:
         # torch calls these hooks again for a super().step() within a step
         self._depths[index] -= 1
