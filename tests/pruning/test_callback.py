@@ -676,6 +676,10 @@ def test_the_progress_bar_and_the_logger_see_the_sparsity(make_trainer, tmp_path
         ({"sparsity": 90}, ValueError, "did you mean 0.9"),
         ({"sparsity": 0.5, "initial": 0.6}, ValueError, "initial=0.6, sparsity=0.5"),
         ({"sparsity": {"a": 0.9, "b": 0.1}, "initial": 0.5}, ValueError, "initial=0.5"),
+        ({"sparsity": {"a": 0.9}, "initial": {"a": 0.1}}, TypeError, r"initial=\{'a': 0.1\}: exp"),
+        ({"sparsity": 0.5, "schedule": lambda: 1.0}, TypeError, "to one number .* 0 positional"),
+        ({"sparsity": 0.5, "schedule": lambda progress: None}, TypeError, "to one number"),
+        ({"sparsity": 0.5, "schedule": lambda p: torch.ones(2)}, ValueError, "to one number"),
         ({"sparsity": 0.5, "begin": 9, "end": 1}, ValueError, "begin=9, end=1"),
         ({"sparsity": 0.5, "scope": "all"}, ValueError, "scope='all'"),
         ({"sparsity": 0.5, "schedule": "cubic"}, TypeError, "schedule='cubic'"),
@@ -694,6 +698,21 @@ def test_a_glob_that_matches_nothing_fails_before_anything_changes(make_trainer)
     with pytest.raises(ValueError, match=r"sparsity: 'features.*' matches no layer"):
         run(make_trainer, GradualPrune({"features*": 0.5}), module)
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_an_optimizer_that_is_none_of_torchs_is_refused(make_trainer):
+    class Optimizable:
+        """All that Lightning asks for."""
+
+        def __init__(self, parameters, **arguments):
+            self.inner = torch.optim.SGD(parameters, **arguments)
+            self.param_groups, self.defaults = self.inner.param_groups, self.inner.defaults
+            self.state, self.step = self.inner.state, self.inner.step
+            self.zero_grad, self.state_dict = self.inner.zero_grad, self.inner.state_dict
+            self.load_state_dict = self.inner.load_state_dict
+
+    with pytest.raises(TypeError, match=r"a torch\.optim\.Optimizer, and Optimizable is none"):
+        run(make_trainer, GradualPrune(0.5), Classifier(optimizer=Optimizable))
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])

@@ -28,6 +28,7 @@ from slimnets.pruning.span import Span, Steps, check_span, resolve_span
 from slimnets.pruning.weights import (
     Scope,
     Sparsity,
+    check_fraction,
     check_scope,
     check_sparsity,
     target_sparsity,
@@ -106,7 +107,7 @@ class GradualPrune(L.Callback):
         exclude: Selectors = (),
     ) -> None:
         check_sparsity(sparsity)
-        check_sparsity(initial, "initial")
+        check_fraction(initial, "initial")
         finals = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
         if any(initial > final for final in finals):
             raise ValueError(

@@ -64,7 +64,18 @@ class Clock:
         return bool(self._hooks)
 
     def start(self, optimizers: Sequence[Optimizer], after_step: Callable[[int], None]) -> None:
-        """Count, and call ``after_step`` with the index of the optimizer after every step."""
+        """Count, and call ``after_step`` with the index of the optimizer after every step.
+
+        Raises:
+            TypeError: If the steps of one cannot be followed.
+        """
+        for optimizer in optimizers:
+            if not hasattr(optimizer, "register_step_post_hook"):  # a proxy may have it
+                raise TypeError(
+                    "GradualPrune follows the steps of a torch.optim.Optimizer, and "
+                    f"{type(optimizer).__name__} is none: derive it from that, or return the "
+                    "optimizer within it from configure_optimizers"
+                )
         self._optimizers = list(optimizers)
         self.steps += [0] * (len(optimizers) - len(self.steps))
         self.settle()
@@ -109,7 +120,7 @@ class Clock:
             if progress is None:
                 due[name] = 0.0
                 continue
-            share = self.schedule(progress)
+            share = float(self.schedule(progress))  # a tensor of one value will do
             # rounding must not keep the end from being the target
             between = self.initial + (targets[name] - self.initial) * share
             due[name] = targets[name] if share == 1 else between

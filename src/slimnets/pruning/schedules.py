@@ -43,13 +43,19 @@ def check_schedule(schedule: Callable[[float], float]) -> None:
     """Raise unless ``schedule`` is one, and ends at the target.
 
     Raises:
-        TypeError: If it is not callable.
+        TypeError: If it is not callable with progress, or returns no number.
         ValueError: If it leaves [0, 1], or does not end at 1.
     """
     if not callable(schedule):
         raise TypeError(f"schedule={schedule!r}: expected a callable of progress in [0, 1]")
     for progress in (i / 100 for i in range(101)):
-        share = schedule(progress)
+        try:
+            share = float(schedule(progress))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(
+                f"schedule={schedule!r}: expected a callable from progress in [0, 1] to one number "
+                f"in [0, 1], such as lambda progress: progress**2; for {progress}: {error}"
+            ) from error
         if not 0 <= share <= 1 or (progress == 1.0 and share != 1):
             expected = "1.0" if progress == 1.0 else "a share in [0, 1]"
             raise ValueError(

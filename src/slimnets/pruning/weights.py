@@ -129,26 +129,32 @@ def _names_of(layer: nn.Module) -> list[str]:
     return []
 
 
-def check_sparsity(sparsity: Sparsity, argument: str = "sparsity") -> None:
+def check_sparsity(sparsity: Sparsity) -> None:
     """Raise unless ``sparsity`` is a fraction in [0, 1), or a mapping of globs to such fractions.
 
     Raises:
         TypeError: If it is something else.
         ValueError: If it is out of range.
     """
-    if isinstance(sparsity, Mapping):
-        if not sparsity:
-            raise ValueError(f"{argument}={{}}: expected at least one glob and its sparsity")
-        for glob, value in sparsity.items():
-            if not isinstance(glob, str):
-                raise TypeError(f"{argument}: expected globs as keys, got {glob!r}")
-            check_sparsity(value, f"{argument}[{glob!r}]")
+    if not isinstance(sparsity, Mapping):
+        check_fraction(sparsity, "sparsity")
         return
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
-        raise TypeError(f"{argument}={sparsity!r}: expected a fraction in [0, 1)")
-    if not 0 <= sparsity < 1:
-        hint = f", did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
-        raise ValueError(f"{argument}={sparsity!r}: expected a fraction in [0, 1){hint}")
+    if not sparsity:
+        raise ValueError("sparsity={}: expected at least one glob and its sparsity")
+    for glob, value in sparsity.items():
+        if not isinstance(glob, str):
+            raise TypeError(f"sparsity: expected globs as keys, got {glob!r}")
+        check_fraction(value, f"sparsity[{glob!r}]")
+
+
+def check_fraction(value: object, argument: str) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument}={value!r}: expected a fraction in [0, 1)")
+    number = float(value)
+    if not 0 <= number < 1:
+        hint = f", did you mean {number / 100:g}?" if 1 < number < 100 else ""
+        raise ValueError(f"{argument}={value!r}: expected a fraction in [0, 1){hint}")
 
 
 def check_scope(scope: str, sparsity: Sparsity) -> None:
