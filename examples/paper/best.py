@@ -26,12 +26,12 @@ from cifar10 import Classifier  # noqa: E402
 from data import CIFAR10  # noqa: E402
 from networks import NETWORKS  # noqa: E402
 from report import report  # noqa: E402
-from runs import REFERENCE, RESIDUAL  # noqa: E402
+from runs import BEST, REFERENCE  # noqa: E402
 
 import slimnets  # noqa: E402
 from slimnets.distillation.teacher import load_weights  # noqa: E402
 
-BEST = FOLDER / f"{RESIDUAL}.safetensors"
+FILE = FOLDER / f"{BEST.network}.safetensors"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     dense = NETWORKS[REFERENCE.network]()
     load_weights(dense, options.reference)
-    compressed = slimnets.load(BEST, NETWORKS[RESIDUAL]())
+    compressed = slimnets.load(FILE, NETWORKS[BEST.network]())
     data = CIFAR10(options.data_dir, batch_size=500, held_out=0)
     data.prepare_data()
     data.setup("test")
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
             slimnets.accelerate(compressed, images),
             images,
             accuracies=(accuracies[0], accuracies[1]),
-            files=(pickled, BEST),
+            files=(pickled, FILE),
         )
 
 

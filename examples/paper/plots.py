@@ -6,7 +6,7 @@ from typing import Any
 from figures import Results, effort, mean, measured
 from matplotlib.figure import Figure
 from runs import (
-    AT_ONCE,
+    BEST,
     RANKS,
     REFERENCE,
     SMALL,
@@ -66,9 +66,9 @@ def plot_bytes(results: Results, path: Path) -> int:
     )
     for name, point in PAPER_POINTS.items():
         axes.annotate(name, point, **NEAR)
-    if best := results.of(AT_ONCE):
+    if best := results.of(BEST):
         point = (best[0]["files"]["int6"]["bytes"], results.relative(best, "int6"))
-        axes.annotate(AT_ONCE.network, point, **NEAR)
+        axes.annotate(BEST.network, point, **NEAR)
     axes.set(xscale="log", xlabel="bytes (the paper's: of the non-zero weights)")
     axes.set(ylabel=LABEL, ylim=(LEAST, None))
     axes.legend(loc="lower right")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from figures import Figures, Results, accuracies, mean, measured, speed, timed_on
 from plots import plots
-from runs import AT_ONCE, REFERENCE, RESIDUAL, SMALL, TABLES, Run
+from runs import BEST, REFERENCE, SMALL, TABLES, Run
 from settings import BATCHES, FOLDER, Settings
 from targets import targets
 
@@ -183,8 +183,8 @@ All is relative to it, and it teaches whatever is distilled{answers}.
 - Learning rates of `cnn-1k` and `snn-1k` were compared on 5,000 held-out training images
   (`examples/paper/runs.py`); other settings are the paper's or guesses."""
 
-KEPT_HERE = f"""`examples/paper/{RESIDUAL}.safetensors` is the int6 file of
-`{AT_ONCE.name}`, seed 0;
+KEPT_HERE = f"""`examples/paper/{BEST.network}.safetensors` is the int6 file of
+`{BEST.name}`, seed 0;
 `python examples/paper/best.py --data-dir DIR --reference FILE` measures it."""
 
 

@@ -4,7 +4,7 @@ import math
 import statistics
 
 from figures import Figures, Results, accuracies, mean, speed
-from runs import AT_ONCE, STUDENTS, Run, factorized, pruned
+from runs import BEST, STUDENTS, Run, factorized, pruned
 from settings import BATCHES
 
 TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
@@ -19,13 +19,13 @@ TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
     ),
     (
         "combined, first step",
-        AT_ONCE,
+        BEST,
         "int6",
         {"times fewer bytes": 200, "% of the accuracy": 98, "times as fast at batch 1": 5},
     ),
     (
         "combined, the goal",
-        AT_ONCE,
+        BEST,
         "int6",
         {
             "times fewer bytes": 500,
