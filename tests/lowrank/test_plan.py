@@ -2,11 +2,13 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from slimnets.lowrank import factorize, plan
 
@@ -130,11 +132,21 @@ class Holds(nn.Module):
         hold(self)
 
 
+class Sampler:
+    """A user's object that is no module, and holds itself too."""
+
+    def __init__(self, layer):
+        self.again, self.steps = self, [partial(checkpoint, layer.forward)]
+
+
 HELD = {
     "list": lambda net: vars(net).update(layers=[net.first]),
     "nested": lambda net: vars(net).update(layers=({"a": [net.second, {net.first}]}, 3)),
     "itself": lambda net: vars(net).update(layers=net.first),
     "method": lambda net: vars(net).update(layers=net.first.forward),
+    "partial": lambda net: vars(net).update(layers=partial(checkpoint, net.first)),
+    "keyword": lambda net: vars(net).update(layers=[partial(print, file=net.first.forward)]),
+    "object": lambda net: vars(net).update(layers=Sampler(net.first)),
 }
 
 

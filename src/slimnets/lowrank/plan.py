@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from numbers import Integral, Real
 from types import MethodType
@@ -216,16 +217,32 @@ def _beside_tree(model: nn.Module) -> dict[int, str]:
     """
     held: dict[int, str] = {}
     for module in model.modules():
-        found = [(key, value) for key, value in vars(module).items() if key != "_modules"]
+        # a Trainer has callbacks that hold layers, LowRank among them
+        own = {"_modules", "_trainer"}
+        found = [(key, value) for key, value in vars(module).items() if key not in own]
         seen: set[int] = set()
         for key, value in found:  # grows by what containers hold
             one = value.__self__ if isinstance(value, MethodType) else value
-            if isinstance(one, nn.Module) and one is not module:
-                held.setdefault(id(one), f"{type(module).__name__}.{key}")
-            elif isinstance(one, list | tuple | set | dict) and id(one) not in seen:
+            if isinstance(one, nn.Module):
+                if one is not module:
+                    held.setdefault(id(one), f"{type(module).__name__}.{key}")
+            elif id(one) not in seen and (inside := _inside(one)):
                 seen.add(id(one))
-                found += [(key, x) for x in (one.values() if isinstance(one, dict) else one)]
+                found += [(key, x) for x in inside]
     return held
+
+
+def _inside(one: object) -> Collection[object]:
+    """What a container, a partial or an object of the user's own holds."""
+    if isinstance(one, dict):
+        return one.values()
+    if isinstance(one, list | tuple | set):
+        return one
+    if isinstance(one, partial):
+        return (one.func, *one.args, *one.keywords.values())
+    package = type(one).__module__.partition(".")[0]
+    is_plain = hasattr(one, "__dict__") and package not in ("builtins", "torch", "lightning")
+    return vars(one).values() if is_plain and not isinstance(one, type) else ()
 
 
 def _resolve(r: Rank | None, full_rank: int) -> int:
