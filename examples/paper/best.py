@@ -3,11 +3,12 @@
     python examples/paper/best.py --data-dir DIR --reference vgg19.safetensors
 
 prints the accuracy of both on the 10,000 test images, bytes, weights and speed on one thread. It is
-the int6 file that this made, with FILE and its epochs as in ``docs/results.md``::
+the int6 file that this made, with FILE and its epochs as in ``docs/results.md``, after the two runs
+that teach it, too, whose commands stand there::
 
-    python examples/paper/reproduce.py stacked --only resnet10-small-gradualtapered-distilled
-        --epochs 33 --seeds 1 --answers 2 --device cpu --reference FILE --reference-epochs 33
-        --data-dir DIR
+    python examples/paper/reproduce.py stacked --epochs 30 --seeds 1 --answers 4 --device cpu
+        --only resnet10-medium-gradualtapered-more-distilled3
+        --reference FILE --reference-epochs 33 --data-dir DIR
 """
 
 import argparse

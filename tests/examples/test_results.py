@@ -78,7 +78,7 @@ def test_the_page(tmp_path: Path) -> None:
     write(tmp_path, "vgg19", 0.9, epochs=33, speed=1)
     write(tmp_path, "vgg19-then-gradual75", 0.88, epochs=33.5, speed=3)
     write(tmp_path, "vgg19-then-gradual75global-distilled", 0.895, epochs=33.5, speed=3)
-    write(tmp_path, "resnet10-small-gradualtapered-distilled", 0.891, speed=20)
+    write(tmp_path, "resnet10-medium-gradualtapered-more-distilled3", 0.891, speed=20)
     write(
         tmp_path,
         "vgg19-then-spatialpaper-distilled",
@@ -107,7 +107,7 @@ def test_the_page(tmp_path: Path) -> None:
         "| +3.33 points (by seed: +4.00, +3.00, +3.00), spread 1.00 | 10, 3 | nothing |",
         "| +3.50 points (by seed: +4.00, +3.00) | 10, 2 | more seeds |",
         "| nin, distilled against alone | above 0 points, beyond the spread | not trained | - |",
-        "the goal: resnet10-small-gradualtapered-distilled, int6 | 500 times fewer bytes, 99 % of "
+        "the goal: resnet10-medium-gradualtapered-more-distilled3, int6 | 500 times fewer bytes, 99 % of "
         "the accuracy, 20 times as fast at batch 1, 10 times as fast at batch 64 | 320 times fewer",
         "| vgg19 | 90.00 | 100.0% | 33, 1 | - | - | 2,000,000 (40x) | - | 1.0 | 1.0 |",
         "| 89.10 | 99.0% | 10, 1 | 89.10 | 99.0% | 2,000,000 (40x) | 250,000 (320x) | 20.0 |",
