@@ -108,7 +108,7 @@ def test_the_page(tmp_path: Path) -> None:
         "| +3.50 points (by seed: +4.00, +3.00) | 10, 2 | more seeds |",
         "| nin, distilled against alone | above 0 points, beyond the spread | not trained | - |",
         "the goal: resnet10-medium-gradualtapered-more-distilled3, int6 | 500 times fewer bytes, "
-        "99 % of the accuracy, 20 times as fast at batch 1, 10 times as fast at batch 64 | 320 times",
+        "99 % of the accuracy, 20 times as fast at batch 1, 10 times as fast at batch 64 | 320 ",
         "| vgg19 | 90.00 | 100.0% | 33, 1 | - | - | 2,000,000 (40x) | - | 1.0 | 1.0 |",
         "| 89.10 | 99.0% | 10, 1 | 89.10 | 99.0% | 2,000,000 (40x) | 250,000 (320x) | 20.0 |",
         "| snn-1k-distilled | 64.33 ± 0.58 | 71.5% | 10, 3 |",
