@@ -160,6 +160,15 @@ def names_of(network: nn.Module, layer: nn.Module) -> list[str]:
     return [name for name, other in network.named_modules(remove_duplicate=False) if other is layer]
 
 
+def computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the forward pass of ``layer`` is that of ``kind``, a convolution or linear layer."""
+    methods = ("forward", "_conv_forward")
+    return not any(
+        m in vars(layer) or getattr(type(layer), m, None) is not getattr(kind, m, None)
+        for m in methods
+    )
+
+
 def replace(network: nn.Module, name: str, new: nn.Module) -> nn.Module:
     """Put ``new`` in the place of the layer ``name``, everywhere that layer stands.
 

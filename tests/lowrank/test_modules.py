@@ -159,6 +159,12 @@ class Renamed(nn.Linear):
     """Computes what nn.Linear does."""
 
 
+def tiling():
+    layer = nn.Conv2d(4, 4, 3)
+    layer._conv_forward = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")._conv_forward
+    return layer
+
+
 def patched():
     layer = nn.Linear(4, 4)
     layer.forward = lambda x: x
@@ -179,6 +185,7 @@ REFUSED = {
         "computed from other parameters",
     ),
     "own convolution": (lambda: Scaled(4, 4, 3), "Scaled has a forward pass of its own"),
+    "patched convolution": (tiling, "Conv2d has a forward pass of its own"),
     "own forward": (patched, "Linear has a forward pass of its own"),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "complex64"),
 }

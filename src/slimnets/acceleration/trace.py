@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from slimnets.layers import computes_as
+
 IN_PLACE_FUNCTIONS = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
 
 
@@ -294,11 +296,7 @@ def is_plain(layer: nn.Module | None) -> bool:
     kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
     if not isinstance(layer, kinds) or has_hooks(layer) or "weight" not in layer._parameters:
         return False
-    methods = ("forward", "_conv_forward")
-    if any(method in vars(layer) for method in methods):
-        return False
-    of = {kind: [getattr(kind, method, None) for method in methods] for kind in kinds}
-    return [getattr(type(layer), method, None) for method in methods] in of.values()
+    return any(computes_as(layer, kind) for kind in kinds)
 
 
 class Recorder(fx.Interpreter):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from slimnets.layers import is_parametrized, replace
+from slimnets.layers import computes_as, is_parametrized, replace
 from slimnets.lowrank.pair import Layer, empty_dense, empty_pair, kind_of
 from slimnets.lowrank.pair import LowRankPair as LowRankPair
 
@@ -54,10 +54,7 @@ def refusal(layer: nn.Module) -> str:
         return f"its weight is a {type(layer.weight).__name__} of {layer.weight.dtype}"
     if getattr(layer, "groups", 1) != 1:
         return f"it is grouped (groups={layer.groups})"
-    methods = ("forward", "_conv_forward")
-    if any(getattr(type(layer), m, None) is not getattr(kind, m, None) for m in methods) or (
-        "forward" in vars(layer)
-    ):
+    if not computes_as(layer, kind):
         return f"{type(layer).__name__} has a forward pass of its own"
     return ""
 
