@@ -117,7 +117,10 @@ AT_ONCE = Run(RESIDUAL, sparsity="tapered", distilled=True)
 WIDER = Run(MEDIUM, sparsity="tapered", distilled=True)
 """The same with more channels, and about as many weights."""
 
-BY_ALL = replace(WIDER, sparsity="tapered-more", beside=(AT_ONCE, WIDER))
+BESIDE = (AT_ONCE, WIDER)
+"""Who teaches beside the reference, where more than it does."""
+
+BY_ALL = replace(WIDER, sparsity="tapered-more", beside=BESIDE)
 """Taught by the two before it, too (born again: Furlanello et al. 2018, arXiv 1805.04770)."""
 
 BEST = BY_ALL
@@ -135,9 +138,10 @@ def pruned(
     of: Run = REFERENCE,
     scope: Scope = "layer",
     distilled: bool = False,
+    beside: tuple[Run, ...] = (),
 ) -> Run:
     """A trained network with zeros."""
-    return Run(of.network, of, sparsity, gradual, scope, distilled=distilled)
+    return Run(of.network, of, sparsity, gradual, scope, distilled=distilled, beside=beside)
 
 
 def factorized(
@@ -145,9 +149,17 @@ def factorized(
     decomposition: Decomposition = "spatial",
     of: Run = REFERENCE,
     distilled: bool = False,
+    beside: tuple[Run, ...] = (),
 ) -> Run:
     """A trained network with low-rank pairs."""
-    return Run(of.network, of, rank=rank, decomposition=decomposition, distilled=distilled)
+    return Run(
+        of.network,
+        of,
+        rank=rank,
+        decomposition=decomposition,
+        distilled=distilled,
+        beside=beside,
+    )
 
 
 def trained_on(of: Run) -> Run:
@@ -191,12 +203,17 @@ TABLES: dict[str, list[Run]] = {
             for sparsity in (0.75, 0.875, 0.95)
             for taught in (False, True)
         ),
+        *(
+            pruned(sparsity, scope="global", distilled=True, beside=BESIDE)
+            for sparsity in (0.75, 0.95)
+        ),
         *prunings(REFERENCE),
     ],
     "gradual-cnn": prunings(SMALL),
     "low-rank": [
         factorized("paper"),
         factorized("paper", distilled=True),
+        factorized("paper", distilled=True, beside=BESIDE),
         *factorizations(REFERENCE),
     ],
     "low-rank-cnn": factorizations(SMALL),
