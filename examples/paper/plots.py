@@ -6,6 +6,7 @@ from typing import Any
 from figures import Results, effort, mean, measured
 from matplotlib.figure import Figure
 from runs import (
+    BESIDE,
     BEST,
     RANKS,
     REFERENCE,
@@ -71,7 +72,8 @@ def plot_bytes(results: Results, path: Path) -> int:
         axes.annotate(BEST.network, point, **NEAR)
     axes.set(xscale="log", xlabel="bytes (the paper's: of the non-zero weights)")
     axes.set(ylabel=LABEL, ylim=(LEAST, None))
-    axes.legend(loc="lower right")
+    axes.margins(x=0.1)
+    axes.legend(loc="center right")
     figure.savefig(path, dpi=150)
     return sum(share < LEAST for share in shares)
 
@@ -137,6 +139,11 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
             "gradual": {},
             "gradual, all weights together": {"scope": "global"},
             "gradual, all weights together, taught": {"scope": "global", "distilled": True},
+            "gradual, all weights together, taught by three": {
+                "scope": "global",
+                "distilled": True,
+                "beside": BESIDE,
+            },
             "one-shot": {"gradual": False},
         }
         draw(
@@ -155,6 +162,9 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
         if network == REFERENCE:
             curves["spatial, the paper's ranks"] = [factorized("paper")]
             curves["spatial, the paper's ranks, taught"] = [factorized("paper", distilled=True)]
+            curves["spatial, the paper's ranks, taught by three"] = [
+                factorized("paper", distilled=True, beside=BESIDE)
+            ]
         draw(
             f"low-rank-{network.network}.png",
             f"Low rank {network.network}",
