@@ -38,16 +38,16 @@ def test_globs_are_case_sensitive_and_cross_dots():
 
 
 def test_without():
-    assert list(without(layers(), as_selectors(nn.Linear, "exclude"))) == ["a.1"]
-    assert list(without(layers(), as_selectors(["b", "a.1"], "exclude"))) == ["a.0"]
+    assert list(without(layers(), as_selectors(nn.Linear))) == ["a.1"]
+    assert list(without(layers(), as_selectors(["b", "a.1"]))) == ["a.0"]
     with pytest.raises(ValueError, match="exclude: LSTM matches no layer"):
-        without(layers(), as_selectors(nn.LSTM, "exclude"))
+        without(layers(), as_selectors(nn.LSTM))
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1))])
 def test_a_layer_itself_selects_nothing(layer):
     with pytest.raises(TypeError, match=r"(?s)exclude=.*: expected a glob over layer names"):
-        as_selectors(layer, "exclude")
+        as_selectors(layer)
 
 
 def test_replace_puts_the_new_layer_wherever_the_old_one_stood():
@@ -108,6 +108,6 @@ def test_is_parametrized():
 def test_a_glob_that_matches_a_module_matches_the_layers_in_it():
     layers = {"block.conv.first": nn.Linear(2, 2), "block.conv.second": nn.Linear(2, 2)}
     assert assign({"block.conv": 1}, layers, "r") == dict.fromkeys(layers, 1)
-    assert without(layers, as_selectors("block", "exclude")) == {}
+    assert without(layers, as_selectors("block")) == {}
     with pytest.raises(ValueError, match="'conv' matches no layer"):
         assign({"conv": 1}, layers, "r")

@@ -52,25 +52,21 @@ def paths_in(module: nn.Module, by_name: Mapping[str, T]) -> dict[str, T]:
     return {".".join(filter(None, (names[0], name))): value for name, value in by_name.items()}
 
 
-def as_selectors(selectors: Selectors, argument: str) -> tuple[Selector, ...]:
-    """``selectors`` as a tuple, each one checked.
+def as_selectors(exclude: Selectors) -> tuple[Selector, ...]:
+    """``exclude`` as a tuple, each one checked.
 
     Raises:
         TypeError: If one is neither a glob, nor a layer type, nor a predicate.
     """
-    if isinstance(selectors, nn.Module):  # callable, and of a Sequential iterable too
-        selectors = (selectors,)
-    single = isinstance(selectors, str) or not isinstance(selectors, Iterable)
-    found: tuple[Selector, ...] = (selectors,) if single else tuple(selectors)  # type: ignore[arg-type, assignment]
+    # a layer is callable, and a Sequential is iterable too
+    single = isinstance(exclude, str | nn.Module) or not isinstance(exclude, Iterable)
+    found: tuple[Selector, ...] = (exclude,) if single else tuple(exclude)  # type: ignore[arg-type, assignment]
     for one in found:
         is_layer_type = isinstance(one, type) and issubclass(one, nn.Module)
-        if not (
-            isinstance(one, str)
-            or is_layer_type
-            or (callable(one) and not isinstance(one, type | nn.Module))
-        ):
+        is_predicate = callable(one) and not isinstance(one, type | nn.Module)
+        if not (isinstance(one, str) or is_layer_type or is_predicate):
             raise TypeError(
-                f"{argument}={one!r}: expected a glob over layer names such as 'classifier.*', "
+                f"exclude={one!r}: expected a glob over layer names such as 'classifier.*', "
                 "a layer type such as nn.Linear, or a predicate of (name, layer)"
             )
     return found
@@ -98,9 +94,7 @@ def matches(name: str, layer: nn.Module, selector: Selector) -> bool:
     return selector(name, layer)
 
 
-def without(
-    layers: Mapping[str, nn.Module], exclude: Iterable[Selector], argument: str = "exclude"
-) -> dict[str, nn.Module]:
+def without(layers: Mapping[str, nn.Module], exclude: Iterable[Selector]) -> dict[str, nn.Module]:
     """``layers`` without those that one of ``exclude`` chooses.
 
     Raises:
@@ -110,17 +104,19 @@ def without(
     for selector in exclude:
         chosen = [name for name, layer in layers.items() if matches(name, layer, selector)]
         if not chosen:
-            raise ValueError(_chose_nothing(argument, selector, layers))
+            raise ValueError(_chose_nothing("exclude", selector, layers))
         for name in chosen:
             kept.pop(name, None)
     return kept
 
 
-def assign(values: Mapping[str, T], layers: Mapping[str, nn.Module], argument: str) -> dict[str, T]:
-    """Give each layer the value of the first glob that matches its name; others are left out.
+def assign(
+    values: T | Mapping[str, T], layers: Mapping[str, nn.Module], argument: str
+) -> dict[str, T]:
+    """Give each layer its value; layers that no glob matches are left out.
 
     Args:
-        values: Glob over layer names to value, first match wins.
+        values: One for all, or glob over layer names to value, of which the first match wins.
         layers: Layer name to layer.
         argument: What to call ``values`` in an error.
 
@@ -132,6 +128,8 @@ def assign(values: Mapping[str, T], layers: Mapping[str, nn.Module], argument: s
         >>> assign({"head": 0.5, "*": 0.9}, layers, "sparsity")
         {'features.0': 0.9, 'head': 0.5}
     """
+    if not isinstance(values, Mapping):
+        return dict.fromkeys(layers, values)
     winners: dict[str, str] = {}
     for glob, value in values.items():
         matched = [name for name in layers if glob_matches(name, glob)]

@@ -111,7 +111,7 @@ def plan(
     network = compressed_network(model)
     layers = named_layers(network)
     chosen = without(layers, selectors)
-    ranks = assign(r, layers, "r") if isinstance(r, Mapping) else dict.fromkeys(layers, r)
+    ranks = assign(r, layers, "r")
     holders, inside, beside = _holders(network), _inside_attention(network), _beside_tree(model)
     rows = []
     for name, layer in layers.items():
@@ -162,7 +162,7 @@ def check_arguments(
     if energy is not None:
         wanted = "a share of the squared singular values in (0, 1)"
         _check_fraction(energy, "energy", wanted)
-    return as_selectors(exclude, "exclude")
+    return as_selectors(exclude)
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:

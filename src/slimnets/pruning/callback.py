@@ -125,7 +125,7 @@ class GradualPrune(L.Callback):
         self.schedule = schedule
         self.criterion = criterion
         self.scope: Scope = scope
-        self.exclude = as_selectors(exclude, "exclude")
+        self.exclude = as_selectors(exclude)
 
         self._pruner: Pruner | None = None
         self._clock = Clock(Span(0, 0, 1), [], initial, schedule)

@@ -9,13 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from slimnets.layers import (
-    Selectors,
-    as_selectors,
-    assign,
-    is_parametrized,
-    without,
-)
+from slimnets.layers import Selectors, as_selectors, assign, is_parametrized, without
 
 Sparsity: TypeAlias = float | Mapping[str, float]
 Scope: TypeAlias = Literal["layer", "global"]
@@ -46,7 +40,7 @@ def prunable_weights(
         ValueError: If a selector chooses no layer, or a lazy layer has no weights yet.
     """
     candidates = prunable_layers(network)
-    kept = without(candidates, as_selectors(exclude, "exclude"))
+    kept = without(candidates, as_selectors(exclude))
     out = {
         id(weights)
         for name, layer in candidates.items()
@@ -189,14 +183,10 @@ def target_sparsity(
     Raises:
         ValueError: If a glob or selector chooses nothing, or there is nothing to prune.
     """
-    if isinstance(sparsity, Mapping):
-        layers = without(prunable_layers(network), as_selectors(exclude, "exclude"))
-        per_layer = assign(sparsity, layers, "sparsity")
-        parameters = prunable_weights(network, exclude, layers=per_layer)
-        targets = {name: float(per_layer[name.rpartition(".")[0]]) for name in parameters}
-    else:
-        parameters = prunable_weights(network, exclude)
-        targets = dict.fromkeys(parameters, float(sparsity))
+    layers = without(prunable_layers(network), as_selectors(exclude))
+    per_layer = assign(sparsity, layers, "sparsity")
+    parameters = prunable_weights(network, exclude, layers=per_layer)
+    targets = {name: float(per_layer[name.rpartition(".")[0]]) for name in parameters}
     if not parameters:
         raise ValueError(
             f"{type(network).__name__} has no layer to prune: no convolution, linear or recurrent "
