@@ -16,11 +16,8 @@ from tests.support import Classifier, Endless, small_data
 
 
 class Predict(L.Callback):
-    def setup(self, trainer, pl_module, stage):
-        self.max_epochs = trainer.max_epochs
-
     def on_train_start(self, trainer, pl_module):
-        self.predicted = trainer.global_step + remaining_steps(trainer, self.max_epochs)
+        self.predicted = trainer.global_step + remaining_steps(trainer)
 
 
 @pytest.mark.parametrize(

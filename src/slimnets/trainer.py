@@ -78,17 +78,12 @@ def copy_averages_anew(trainer: L.Trainer, pl_module: L.LightningModule) -> None
         callback.setup(trainer, pl_module, "fit")
 
 
-def remaining_steps(trainer: L.Trainer, max_epochs: int | None) -> float:
+def remaining_steps(trainer: L.Trainer) -> float:
     """Optimizer steps from here to the end of the run.
 
     Lightning's ``estimated_stepping_batches`` is wrong under a ``GradientAccumulationScheduler``,
     under ``StochasticWeightAveraging`` and for loaders without length. Ask in ``on_train_start`` or
     later, when the training data is set up.
-
-    Args:
-        trainer: The trainer, in its fit loop.
-        max_epochs: ``trainer.max_epochs`` as it was in ``setup``:
-            ``StochasticWeightAveraging`` raises it later, for an epoch without steps.
 
     Returns:
         The number of steps; ``math.inf`` where it is not limited or not known, as under manual
@@ -97,7 +92,10 @@ def remaining_steps(trainer: L.Trainer, max_epochs: int | None) -> float:
     if not trainer.lightning_module.automatic_optimization:
         return math.inf
     total: float = math.inf
-    batches = trainer.num_training_batches
+    batches, max_epochs = trainer.num_training_batches, trainer.max_epochs
+    swa = [one for one in callbacks_of(trainer) if isinstance(one, StochasticWeightAveraging)]
+    if swa:
+        max_epochs = swa[0]._max_epochs  # before it added an epoch without steps
     if max_epochs is not None and max_epochs != -1 and not math.isinf(batches):
         total = sum(
             math.ceil(batches / accumulation(trainer, epoch))

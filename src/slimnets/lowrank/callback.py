@@ -90,7 +90,6 @@ class LowRank(L.Callback):
         self._energy = energy
         self._decomposition: Decomposition = decomposition
         self._step: int | None = None  # of `at`
-        self._max_epochs: int | None = None
         self._done = False
         self._start = 0  # trainer.global_step at the start of the run
         self._run = ""
@@ -136,7 +135,7 @@ class LowRank(L.Callback):
                 "configure_model; the module's own setup runs after those of callbacks"
             )
         self._names, self._ranks = set(layers), {}
-        self._step, self._max_epochs, self._start = None, trainer.max_epochs, trainer.global_step
+        self._step, self._start = None, trainer.global_step
         self._run = uuid4().hex
         if self._at is not None:
             check_run(trainer, self._at)
@@ -213,9 +212,9 @@ class LowRank(L.Callback):
         self._refuse_stale(trainer, pl_module)
         if self._at is not None and not self._done:
             if self._step is None:
-                self._step = resolve_at(trainer, self._at, self._max_epochs)
+                self._step = resolve_at(trainer, self._at)
             else:
-                warn_if_too_short(trainer, self._at, self._step, self._max_epochs)
+                warn_if_too_short(trainer, self._at, self._step)
         self._start = trainer.global_step
         self._log(trainer, pl_module)
 

@@ -63,7 +63,7 @@ def check_run(trainer: L.Trainer, at: int | float) -> None:
             )
 
 
-def resolve_at(trainer: L.Trainer, at: int | float, max_epochs: int | None) -> int:
+def resolve_at(trainer: L.Trainer, at: int | float) -> int:
     """The optimizer step before which layers are replaced; ask in ``on_train_start``.
 
     Raises:
@@ -71,7 +71,7 @@ def resolve_at(trainer: L.Trainer, at: int | float, max_epochs: int | None) -> i
     """
     if is_fast_dev_run(trainer):
         return trainer.global_step
-    length = remaining_steps(trainer, max_epochs)
+    length = remaining_steps(trainer)
     if isinstance(at, float) and (math.isinf(length) or has_time_limit(trainer)):
         raise ValueError(
             f"at={at!r} is a fraction of the run, but the number of optimizer steps of this run "
@@ -89,11 +89,9 @@ def resolve_at(trainer: L.Trainer, at: int | float, max_epochs: int | None) -> i
     return trainer.global_step + step
 
 
-def warn_if_too_short(
-    trainer: L.Trainer, at: int | float, step: int, max_epochs: int | None
-) -> None:
+def warn_if_too_short(trainer: L.Trainer, at: int | float, step: int) -> None:
     """Say so if a resumed run ends before ``step``; it may be resumed once more."""
-    length = trainer.global_step + remaining_steps(trainer, max_epochs)
+    length = trainer.global_step + remaining_steps(trainer)
     if step >= length and not is_fast_dev_run(trainer):
         rank_zero_warn(
             f"LowRank(at={at!r}): the layers are to be replaced at step {step}, as resolved when "

@@ -131,7 +131,6 @@ class GradualPrune(L.Callback):
         self._clock = Clock(Span(0, 0, 1), [], initial, schedule)
         self._progress: list[float | None] = []  # of each optimizer, at the last update of all
         self._start = 0  # trainer.global_step at step 0
-        self._max_epochs: int | None = None
         self._restored: dict[str, Any] | None = None
         self._unlogged = False
         self._checked = False
@@ -155,13 +154,12 @@ class GradualPrune(L.Callback):
         return self._generate_state_key(globs=globs, exclude=self._excluded())
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what cannot work, and note the length of the run."""
+        """Refuse what cannot work, and forget another run."""
         refuse_unsupported(trainer, self)
         self._is_fitting = stage == "fit"
         if self._is_fitting:
             # a callback that has served another run begins anew; a checkpoint is restored later
             self._pruner, self._restored, self._checked = None, None, False
-            self._max_epochs = trainer.max_epochs
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the weights and the steps of the run; nothing is pruned yet."""
@@ -320,7 +318,7 @@ class GradualPrune(L.Callback):
         return resolve_span(self.begin, self.end, self.every, length)
 
     def _length(self, trainer: L.Trainer, steps: list[int]) -> float:
-        return max(steps, default=0) + remaining_steps(trainer, self._max_epochs)
+        return max(steps, default=0) + remaining_steps(trainer)
 
     def _arguments(self) -> dict[str, str]:
         names = ("sparsity", "initial", "begin", "end", "every", "schedule", "criterion", "scope")
