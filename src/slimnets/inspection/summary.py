@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -198,20 +198,16 @@ def _forward(network: nn.Module, example_input: Any) -> Callable[[], object]:
 def _compare(
     summaries: list[Summary], times: list[list[float]] | None = None, conditions: str | None = None
 ) -> Summary:
+    if times:
+        summaries = [
+            replace(one, latency=Spread.of(own), conditions=conditions)
+            for one, own in zip(summaries, times, strict=True)
+        ]
     own, *others = summaries
-    latencies = [Spread.of(one) for one in times] if times else [None] * len(summaries)
-    baseline, speedup = None, None
-    if others:
-        baseline = Summary(
-            others[0].rows,
-            others[0].total,
-            others[0].parameters,
-            latency=latencies[1],
-            conditions=conditions,
-        )
-        if times:
-            speedup = Spread.of([theirs / mine for mine, theirs in zip(*times, strict=True)])
-    return Summary(own.rows, own.total, own.parameters, latencies[0], speedup, conditions, baseline)
+    if not others:
+        return own
+    speedup = Spread.of([b / a for a, b in zip(*times, strict=True)]) if times else None
+    return replace(own, speedup=speedup, baseline=others[0])
 
 
 def _conditions(network: nn.Module, example_input: Any) -> str:

@@ -1,6 +1,5 @@
 """Rows of numbers as a table, for a terminal and in Markdown."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 
@@ -8,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from slimnets.inspection.rows import Row, total
+from slimnets.inspection.rows import Row
 
 Cells = Sequence[str]
 
@@ -28,13 +27,9 @@ HEADERS: Mapping[str, str] = {
 
 def columns(rows: Iterable[Row]) -> list[str]:
     """The fields that one of ``rows`` has something to say about."""
-    rows = list(rows)
     optional = {"rank", "dead_channels", "macs", "effective_macs"}
-    return [
-        field
-        for field in HEADERS
-        if field not in optional or any(getattr(row, field) for row in rows)
-    ]
+    told = {field for row in rows for field in optional if getattr(row, field)}
+    return [field for field in HEADERS if field not in optional - told]
 
 
 def folded(rows: Iterable[Row]) -> list[Row]:
@@ -45,14 +40,9 @@ def folded(rows: Iterable[Row]) -> list[Row]:
         counts = row.weights or row.macs or " tied to " in row.kind
         (shown if counts else others).append(row)
     if others:
-        kinds = Counter(row.kind for row in others)
-        shown.append(
-            Row(
-                name=f"{len(others)} without weights",
-                kind=", ".join(kinds),
-                bytes=total(others, "").bytes,
-            )
-        )
+        kinds = ", ".join(dict.fromkeys(row.kind for row in others))
+        size = sum(row.bytes for row in others)
+        shown.append(Row(f"{len(others)} without weights", kinds, bytes=size))
     return shown
 
 
