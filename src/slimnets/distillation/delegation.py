@@ -199,26 +199,18 @@ def weighed_backward(
     paused: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[None]:
     """Let ``student.manual_backward`` take what ``weigh`` makes of its loss, while ``paused``."""
-    plain = cast(L.LightningModule, student).manual_backward
+    plain, own = cast(L.LightningModule, student).manual_backward, vars(student)
 
     def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         total = weigh(loss)
         with paused():
             plain(total, *args, **kwargs)
 
-    with replaced(student, "manual_backward", manual_backward):
-        yield
-
-
-@contextmanager
-def replaced(module: nn.Module, method: str, new: Callable[..., Any]) -> Iterator[None]:
-    """Let ``module.method`` be ``new`` for the time being."""
-    own = module.__dict__.get(method)
-    setattr(module, method, new)
+    before = own.get("manual_backward")  # an instance may have one of its own
+    own["manual_backward"] = manual_backward
     try:
         yield
     finally:
-        if own is None:
-            delattr(module, method)
-        else:
-            setattr(module, method, own)
+        del own["manual_backward"]
+        if before is not None:
+            own["manual_backward"] = before
