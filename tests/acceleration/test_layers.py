@@ -1,10 +1,14 @@
 """Each type of layer, accelerated alone: odd inputs afterwards."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
 
+from slimnets.acceleration.dense import following_relu
 from slimnets.acceleration.module import accelerate
+from slimnets.acceleration.trace import trace
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 9), (12,)),
@@ -48,3 +52,11 @@ def test_odd_inputs_after_acceleration(name, density):
             x = torch.randn(3, *shape)
             x[1].view(-1)[7] = value
             torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_a_layer_that_is_called_relu_need_not_be_one():
+    layers = {"conv": nn.Conv2d(3, 4, 3), "relu": nn.LeakyReLU()}
+    graph = trace(nn.Sequential(OrderedDict(layers)), 1)
+    assert graph is not None
+    (conv,) = (node for node in graph.graph.nodes if node.target == "conv")
+    assert following_relu(conv) is None

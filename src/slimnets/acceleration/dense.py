@@ -20,11 +20,8 @@ class PackedConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, image: Tensor, relu: bool = False) -> None:
         super().__init__()
         self.padding = [int(p) for p in conv.padding]
-        self.stride, self.dilation, self.groups = (
-            list(conv.stride),
-            list(conv.dilation),
-            conv.groups,
-        )
+        self.stride, self.dilation = list(conv.stride), list(conv.dilation)
+        self.groups = conv.groups
         self.activation = "relu" if relu else "none"
         self.bias = conv.bias
         self.weight = conv.weight
@@ -133,10 +130,9 @@ def following_relu(node: fx.Node) -> fx.Node | None:
     if len(node.users) != 1:
         return None
     user = next(iter(node.users))
-    is_relu = user.target in (F.relu, torch.relu, "relu") and len(user.args) == 1
     module = module_of(user)
-    plain = type(module) is nn.ReLU and is_unaltered(module)
-    return user if (is_relu and user.args == (node,)) or plain else None
+    kind = user.target if module is None else is_unaltered(module) and type(module)
+    return user if kind in (nn.ReLU, F.relu, torch.relu, "relu") and user.args == (node,) else None
 
 
 def exchange(traced: fx.GraphModule, node: fx.Node, new: nn.Module, relu: fx.Node | None) -> None:
