@@ -63,45 +63,34 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _source(node: fx.Node) -> fx.Node:
-    if len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
-        raise TypeError
-    return node.args[0]
-
-
 def _of_module(node: fx.Node, m: nn.Module) -> Known | None:
-    if not is_unaltered(m) or node.kwargs:
+    (source,) = node.args
+    if not isinstance(source, fx.Node) or not is_unaltered(m) or node.kwargs:
         return None
-    source = _source(node)
     form = form_of(source)
     if is_plain(m):
         return _of_layer(m, source, form)
     kind = type(m)
-    if form is not None and kind in (nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout, nn.Dropout2d):
-        return [source], _clamp(*LIMITS.get(kind, (-INFINITY, INFINITY))), form
+    if kind in LIMITS:
+        return _clamped(source, *LIMITS[kind])
     if kind in (nn.BatchNorm2d, nn.BatchNorm1d) and m.running_var is not None:
         rank = 4 if kind is nn.BatchNorm2d else 2
         flat = rank == 4 or _is_a_vector(source)
         known_rank = len(source.meta["shape"]) == rank and form is not None and flat
         return ([source], _norm(m), form) if known_rank else None  # type: ignore[return-value]
     if kind is nn.Flatten:
-        return _flatten(source, form) if [m.start_dim, m.end_dim] == [1, -1] else None
-    if form != "image":
-        return None
-    return _of_pooling(m, source)
+        return _flatten(source) if [m.start_dim, m.end_dim] == [1, -1] else None
+    return _of_pooling(m, source) if form == "image" else None
 
+
+_RELU = (nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 
 LIMITS: dict[Any, tuple[float, float]] = {
-    nn.ReLU: (0.0, INFINITY),
-    nn.ReLU6: (0.0, 6.0),
-    F.relu: (0.0, INFINITY),
-    F.relu_: (0.0, INFINITY),
-    torch.relu: (0.0, INFINITY),
-    torch.relu_: (0.0, INFINITY),
-    F.relu6: (0.0, 6.0),
-    "relu": (0.0, INFINITY),
-    "relu_": (0.0, INFINITY),
+    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d), (-INFINITY, INFINITY)),
+    **dict.fromkeys(_RELU, (0.0, INFINITY)),
+    **dict.fromkeys((nn.ReLU6, F.relu6), (0.0, 6.0)),
 }
+"""What cuts single values to a range, in eval mode, and the range."""
 
 
 def _of_layer(m: nn.Module, source: fx.Node, form: Form | None) -> Known | None:
@@ -132,14 +121,14 @@ def _is_a_vector(source: fx.Node) -> bool:
 
 
 def _of_pooling(m: nn.Module, source: fx.Node) -> Known | None:
-    if type(m) is nn.MaxPool2d and not m.return_indices:
+    if getattr(m, "return_indices", False):
+        return None
+    if type(m) is nn.MaxPool2d:
         window = (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode)
         return [source], _pool(True, *window), "image"
     plain = type(m) is nn.AvgPool2d and not m.ceil_mode and m.divisor_override is None
     if plain and (m.count_include_pad or _pair(m.padding) == (0, 0)):
         return [source], _pool(False, m.kernel_size, m.stride, m.padding), "image"
-    if type(m) is nn.AdaptiveMaxPool2d and m.return_indices:
-        return None
     if type(m) in TO_ONE_PIXEL and _pair(m.output_size) == (1, 1):
         return [source], _pool(TO_ONE_PIXEL[type(m)]), "image"
     return None
@@ -155,31 +144,30 @@ TO_ONE_PIXEL: dict[Any, bool] = {
 
 
 def _of_call(node: fx.Node) -> Known | None:
-    target = node.target
+    target, kwargs = node.target, node.kwargs
+    source, *rest = node.args
     if target in (operator.add, operator.iadd, torch.add, "add", "add_"):
         return _sum(node)
     if target is torch.cat:
         return _concat(node)
+    if not isinstance(source, fx.Node):
+        return None
     if target in (torch.flatten, "flatten"):
-        source, *rest = node.args
-        dims = [*rest, *node.kwargs.values()]
-        return _flatten(source, form_of(source)) if dims in ([1], [1, -1]) else None  # type: ignore[arg-type]
+        return _flatten(source) if [*rest, *kwargs.values()] in ([1], [1, -1]) else None
     if target in ("mean", torch.mean):
-        return _mean(node)
-    if target in LIMITS and set(node.kwargs) <= {"inplace"}:
-        source = _source(node)
-        form = form_of(source)
-        return ([source], _clamp(*LIMITS[target]), form) if form else None
-    if target in (F.dropout, F.dropout2d) and node.kwargs.get("training") is False:
-        source = node.args[0]
-        form = form_of(source) if isinstance(source, fx.Node) else None
-        return ([source], _clamp(-INFINITY, INFINITY), form) if form else None  # type: ignore[list-item]
-    if target is F.max_pool2d and form_of(node.args[0]) == "image":  # type: ignore[arg-type]
-        return [node.args[0]], _max_pool(*node.args[1:], **node.kwargs), "image"  # type: ignore[list-item, arg-type]
-    if target in TO_ONE_PIXEL and form_of(node.args[0]) == "image":  # type: ignore[arg-type]
-        source, size = node.args
-        one = _pair(size) == (1, 1) and not any(node.kwargs.values())  # return_indices=False
-        return ([source], _pool(TO_ONE_PIXEL[target]), "image") if one else None  # type: ignore[list-item]
+        return _mean(source, rest, dict(kwargs))
+    if target in LIMITS and not rest and set(kwargs) <= {"inplace"}:
+        return _clamped(source, *LIMITS[target])
+    if target in (F.dropout, F.dropout2d) and kwargs.get("training") is False:
+        return _clamped(source)
+    if form_of(source) != "image":
+        return None
+    if target is F.max_pool2d:
+        return [source], _pool(True, *rest, **kwargs), "image"  # type: ignore[arg-type]
+    if target in TO_ONE_PIXEL:
+        (size,) = rest
+        one = _pair(size) == (1, 1) and not any(kwargs.values())  # return_indices=False
+        return ([source], _pool(TO_ONE_PIXEL[target]), "image") if one else None
     return None
 
 
@@ -214,20 +202,27 @@ def _concat(node: fx.Node) -> Known | None:
     return list(sources), Concat, "image"
 
 
-def _flatten(source: Any, form: Form | None) -> Known | None:
-    if not isinstance(source, fx.Node) or len(source.meta["shape"]) not in (2, 4) or not form:
-        return None
-    return [source], _clamp(-INFINITY, INFINITY), "features"
+def _clamped(source: fx.Node, low: float = -INFINITY, high: float = INFINITY) -> Known | None:
+    form = form_of(source)
+    return (
+        ([source], lambda sources, target: Clamp(sources, target, low, high), form)
+        if form
+        else None
+    )
 
 
-def _mean(node: fx.Node) -> Known | None:
-    source, *rest = node.args
-    dims = [*rest, *(v for k, v in node.kwargs.items() if k != "keepdim")]
-    if not isinstance(source, fx.Node) or form_of(source) != "image" or len(dims) != 1:
+def _flatten(source: fx.Node) -> Known | None:
+    if len(source.meta["shape"]) not in (2, 4) or not form_of(source):
         return None
-    if not isinstance(dims[0], list | tuple) or sorted(d % 4 for d in dims[0]) != [2, 3]:
+    return [source], Clamp, "features"
+
+
+def _mean(source: fx.Node, dims: list[Any], kwargs: dict[str, Any]) -> Known | None:
+    keepdim = kwargs.pop("keepdim", False)
+    (dim,) = (*dims, *kwargs.values())
+    if form_of(source) != "image" or sorted(d % 4 for d in dim) != [2, 3]:
         return None
-    return [source], _pool(False), "image" if node.kwargs.get("keepdim") else "features"
+    return [source], _pool(False), "image" if keepdim else "features"
 
 
 def _floats(tensor: Any) -> Any:
@@ -238,10 +233,6 @@ def _bias(m: Any) -> Any:
     return _floats(m.bias if m.bias is not None else m.weight.new_zeros(len(m.weight)))
 
 
-def _clamp(low: float, high: float) -> Make:
-    return lambda sources, target: Clamp(sources, target, low, high)
-
-
 def _linear(m: nn.Linear) -> Make:
     return lambda sources, target: Linear(sources, target, weight=_floats(m.weight), bias=_bias(m))
 
@@ -250,7 +241,7 @@ def _conv(m: nn.Conv2d) -> Make:
     kernel, dilation = _pair(m.kernel_size), _pair(m.dilation)
     if m.padding == "same":
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        (top, left) = (t // 2 for t in total)
+        top, left = (t // 2 for t in total)
         padding = (top, total[0] - top, left, total[1] - left)
     else:
         h, w = (0, 0) if m.padding == "valid" else _pair(m.padding)
@@ -277,30 +268,19 @@ def _norm(m: Any) -> Make:
     return make
 
 
-def _max_pool(
-    kernel_size: Any,
+def _pool(
+    maximum: bool,
+    kernel_size: Any = None,
     stride: Any = None,
     padding: Any = 0,
     dilation: Any = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Make:
+    """A pool with PyTorch's arguments; without a ``kernel_size``, of the whole image."""
     if return_indices:
         raise ValueError
-    return _pool(True, kernel_size, stride, padding, dilation, ceil_mode)
-
-
-def _pool(
-    maximum: bool,
-    kernel: Any = None,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil: bool = False,
-) -> Make:
-    window = None if kernel is None else _pair(kernel)
-    step = window or (1, 1)
-    if stride is not None and stride != []:
-        step = _pair(stride)
-    places = (window, step, _pair(padding), _pair(dilation), ceil)
+    window = None if kernel_size is None else _pair(kernel_size)
+    step = _pair(stride) if stride is not None and stride != [] else window or (1, 1)
+    places = (window, step, _pair(padding), _pair(dilation), ceil_mode)
     return lambda sources, target: Pool(sources, target, -INFINITY, INFINITY, maximum, *places)

@@ -6,15 +6,7 @@ from torch import Tensor, fx, nn
 from slimnets.acceleration.lower import LIMITS
 from slimnets.acceleration.trace import is_plain, is_unaltered, module_of
 
-PASSING = (
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.Identity,
-    nn.MaxPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.Flatten,
-)
+PASSING = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
 """Modules that give a constant channel as it is, and keep the order of channels."""
 
 
