@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ except ImportError:  # Numba is not installed
 FEW_SECONDS = 0.2
 CSR_FROM = 0.6
 """Share of zeros below which a CSR product is not worth trying."""
-
-NOTHING: Mapping[str, int] = MappingProxyType({})
 
 EAGER = "PyTorch"
 SPARSE = "sparse kernel"
@@ -58,7 +55,7 @@ class Choice:
 
 
 def choose(
-    traced: fx.GraphModule, arguments: tuple[Any, ...], removed: Mapping[str, int] = NOTHING
+    traced: fx.GraphModule, arguments: tuple[Any, ...], removed: Mapping[str, int]
 ) -> Choice:
     """Variants of ``traced``, each layer timed on what it reads when ``arguments`` are given.
 

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from slimnets.acceleration.attention import Swapped
 from slimnets.acceleration.choose import EAGER, FEW_SECONDS, choose, share_of_zeros
-from slimnets.acceleration.measure import shortest_times
+from slimnets.acceleration.measure import fastest, shortest_times
 from slimnets.acceleration.prepare import same_results
 from slimnets.acceleration.report import Row
 from slimnets.acceleration.trace import is_plain, trace
@@ -48,16 +48,14 @@ def swap_layers(module: nn.Module, arguments: tuple[Any, ...], prefix: str = "")
 def _faster(layer: nn.Module, x: Tensor) -> tuple[nn.Module | None, Any]:
     graph = trace(layer, 1)
     assert graph is not None
-    choice, expected = choose(graph, (x,)), layer(x)
+    choice, expected = choose(graph, (x,), {}), layer(x)
     calls: dict[str, Callable[[], Any]] = {EAGER: lambda: layer(x)}
     for name, variant in choice.variants.items():
         if same_results(variant, (x,), expected):
             calls[name] = lambda variant=variant: variant(x)  # type: ignore[misc]
     times = shortest_times(calls, FEW_SECONDS)
-    best = min(times, key=times.__getitem__)
+    best = fastest(times, LEAST_GAIN)
     rows = {name: found[0] for name, found in choice.rows.items() if found}
-    if best == EAGER or times[best] * LEAST_GAIN > times[EAGER]:
-        best = EAGER
     what = rows[best].choice if best in rows else EAGER
     row = (type(layer).__name__, share_of_zeros(layer), what, times[EAGER] * 1e3, times[best] * 1e3)
     return (None if best == EAGER else choice.variants[best]), row

@@ -25,3 +25,9 @@ def shortest_times(
         if done >= 1 and perf_counter() - begin > seconds:
             break
     return best
+
+
+def fastest(times: Mapping[str, float], least_gain: float) -> str:
+    """The call that took the shortest time; the first, if that is not ``least_gain`` as fast."""
+    first, best = next(iter(times)), min(times, key=times.__getitem__)
+    return best if times[best] * least_gain <= times[first] else first

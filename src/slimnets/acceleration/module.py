@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from slimnets.acceleration.attention import traceable
 from slimnets.acceleration.choose import EAGER, ENGINE, Choice, choose
 from slimnets.acceleration.inside import opaque, swap_layers
-from slimnets.acceleration.measure import shortest_times
+from slimnets.acceleration.measure import fastest, shortest_times
 from slimnets.acceleration.pairs import has_pairs, pairs_or_products
 from slimnets.acceleration.prepare import (
     copied,
@@ -198,9 +198,7 @@ def _fastest(
     calls: dict[str, Any] = {EAGER: lambda: original(*example)}
     calls.update({n: lambda v=v: v(*example) for n, v in variants.items()})
     times = shortest_times(calls)
-    best = min(times, key=times.__getitem__)
-    if times[best] * LEAST_GAIN > times[EAGER]:
-        best = EAGER
+    best = fastest(times, LEAST_GAIN)
     report.before, report.after = times[EAGER] * 1e3, times[best] * 1e3
     report.tried = {name: seconds * 1e3 for name, seconds in times.items()}
     report.rows = choice.rows.get(best, [])
