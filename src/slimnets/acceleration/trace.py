@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -45,9 +46,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) is nn.TransformerDecoderLayer:
             return False
-        if has_hooks(m):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
+        return has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -83,19 +82,14 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     if len(defaults) < arguments or any(one is inspect.Parameter.empty for one in fixed.values()):
         return None
     model = sharing_tensors(model)  # a failure may leave proxies in its attributes
-    generators, attributes, versions = _generators(), _attributes(model), versions_of(model)
-    try:
-        with torch.no_grad():
+    with isolate_rng(include_cuda=False), torch.no_grad():
+        before = _state_of(model)
+        try:
             graph, kept = _traced(model, fixed)
-    except Exception:
-        return None
-    unchanged = attributes == _attributes(model) and versions == versions_of(model)
-    drawn = pickle.dumps(generators) != pickle.dumps(_generators())
-    torch.set_rng_state(torch.from_numpy(generators[0]))
-    random.setstate(generators[1])
-    np.random.set_state(generators[2])
-    if drawn or kept or not unchanged:
-        return None
+        except Exception:
+            return None
+        if kept or before != _state_of(model):
+            return None
     if any(str(node.target).startswith("*") and node.users for node in _placeholders(graph)):
         return None  # of keyword arguments, the graph cannot know which are given
     for node in _placeholders(graph)[arguments:]:
@@ -155,16 +149,14 @@ def sharing_tensors(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _generators() -> tuple[Any, Any, Any]:
-    return torch.get_rng_state().numpy().copy(), random.getstate(), np.random.get_state()
-
-
-def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    found = {}
+def _state_of(model: nn.Module) -> Any:
+    """What differs after ``model`` has been changed or random numbers have been drawn."""
+    generators = (torch.get_rng_state().numpy(), random.getstate(), np.random.get_state())
+    attributes = {}
     for name, module in model.named_modules():  # constants are the tracer's own
         own = {k: v for k, v in vars(module).items() if not k.startswith("_tensor_constant")}
-        found[name] = {k: (id(v), _contents(v)) for k, v in own.items()}
-    return found
+        attributes[name] = {k: (id(v), _contents(v)) for k, v in own.items()}
+    return pickle.dumps(generators), attributes, versions_of(model)
 
 
 def _contents(value: Any) -> list[int]:
