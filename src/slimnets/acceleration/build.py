@@ -56,10 +56,7 @@ def build(
     Raises:
         ValueError: If a step cannot be done on its shapes.
     """
-    shapes = dict(inputs)
-    for step in steps:
-        shapes[step.target] = step.shape(*(shapes[s] for s in step.sources))
-    return _Builder(steps, inputs, outputs, samples, threads, shapes).table()
+    return _Builder(steps, inputs, outputs, samples, threads).table()
 
 
 class _Builder:
@@ -70,10 +67,12 @@ class _Builder:
         outputs: Sequence[int],
         samples: int,
         threads: int,
-        shapes: dict[int, Shape],
     ) -> None:
         self.steps, self.inputs, self.outputs = steps, inputs, outputs
-        self.samples, self.threads, self.shapes = samples, threads, shapes
+        self.samples, self.threads = samples, threads
+        self.shapes = dict(inputs)
+        for step in steps:
+            self.shapes[step.target] = step.shape(*(self.shapes[s] for s in step.sources))
         self.margins = self._margins()
         self.last_use = {s: i for i, step in enumerate(steps) for s in step.sources}
         self.last_use.update(dict.fromkeys(outputs, len(steps)))

@@ -86,8 +86,10 @@ def _at_least_two(example: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
     mobile = path.suffix == ".pte"
+    any_size = torch.export.Dim.AUTO
     free = tuple(
-        {0: _batch(value, mobile)} if is_batch else None
+        # ExecuTorch plans its memory ahead
+        {0: any_size(min=1, max=len(value)) if mobile else any_size} if is_batch else None
         for value, is_batch in zip(example, _are_batches(example), strict=True)
     )
     with warnings.catch_warnings():  # the exporters' own, about versions to come
@@ -110,12 +112,6 @@ def _are_batches(example: tuple[Any, ...]) -> list[bool]:
         if (value.dim() > 1 or len(value) in sizes) and (len(value) > 1 or sizes == {1})
     ]
     return [any(value is one for one in batches) for value in example]
-
-
-def _batch(value: Tensor, mobile: bool) -> Any:
-    dimension = torch.export.Dim.AUTO
-    # ExecuTorch plans its memory ahead
-    return dimension(min=1, max=value.shape[0]) if mobile else dimension
 
 
 def _executorch(program: torch.export.ExportedProgram) -> bytes:

@@ -50,16 +50,13 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def copy_for_inference(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose parameters need no gradient."""
-    trainer = getattr(model, "_trainer", None)
-    # not the Trainer of a LightningModule
-    memo: dict[int, Any] = {} if trainer is None else {id(trainer): None}
-    for module in model.modules():  # weights that hooks compute cannot be copied with their history
-        memo.update({id(t): t.detach().clone() for t in vars(module).values() if _has_history(t)})
+    memo: dict[int, Any] = {id(getattr(model, "_trainer", None)): None}  # a copy has no Trainer
+    for module in model.modules():
+        for value in vars(module).values():
+            # weights that hooks compute cannot be copied with their history
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
-
-
-def _has_history(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_leaf
 
 
 def graph_of(network: nn.Module, example: tuple[Any, ...], expected: Any) -> fx.GraphModule | None:
