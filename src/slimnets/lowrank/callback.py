@@ -20,7 +20,14 @@ from slimnets.lowrank.follow import follow_state_dict
 from slimnets.lowrank.modules import LowRankPair, pairs_of
 from slimnets.lowrank.plan import Plan, Rank, check_arguments, named_layers, plan
 from slimnets.lowrank.report import call_of, scalars, tell
-from slimnets.lowrank.swap import check_at, check_run, resolve_at, swap, warn_if_too_short
+from slimnets.lowrank.swap import (
+    check_at,
+    check_run,
+    refuse_stale,
+    resolve_at,
+    swap,
+    warn_if_too_short,
+)
 from slimnets.trainer import (
     copy_averages_anew,
     logged_step,
@@ -209,7 +216,7 @@ class LowRank(L.Callback):
                 pairs that weights of another structure have been loaded into.
         """
         self._stop_following()  # the optimizers have the pairs: dense weights cannot go in now
-        self._refuse_stale(trainer, pl_module)
+        refuse_stale(trainer.optimizers, pl_module, self._originals)
         if self._at is not None and not self._done:
             if self._step is None:
                 self._step = resolve_at(trainer, self._at)
@@ -288,33 +295,6 @@ class LowRank(L.Callback):
         """
         state = {"step": self._step, "done": self._done, "run": self._run}
         return {"arguments": self._arguments(), **state}
-
-    def _refuse_stale(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        held = {
-            parameter: type(optimizer).__name__
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        stale = held.keys() - set(pl_module.parameters())
-        gone = {p: name for name, layer in self._originals.items() for p in layer.parameters()}
-        if found := stale & gone.keys():
-            raise ValueError(
-                f"LowRank has replaced {', '.join(sorted({gone[p] for p in found}))}, but "
-                f"{held[found.pop()]} would go on with the weights before: make optimizers and "
-                "lists of parameters in configure_optimizers, not earlier"
-            )
-        new = [
-            name
-            for name, layer in named_layers(compressed_network(pl_module)).items()
-            if any(one.requires_grad and one not in held for one in layer.parameters())
-        ]
-        if stale and new:
-            raise ValueError(
-                f"LowRank: weights of another structure were loaded into {', '.join(new)} after "
-                f"{held[stale.pop()]} was made, which would go on with the weights before: load "
-                "them before fit, in __init__ or in configure_model"
-            )
 
     def _put_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step > self._start:

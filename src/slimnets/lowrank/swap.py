@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import lightning as L
@@ -12,10 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from slimnets.layers import replace
+from slimnets.layers import compressed_network, replace
 from slimnets.lowrank.decompose import Decomposition
 from slimnets.lowrank.factorize import put_pairs
 from slimnets.lowrank.pair import Layer, LowRankPair
+from slimnets.lowrank.plan import named_layers
 from slimnets.trainer import (
     averages,
     callbacks_of,
@@ -97,6 +98,43 @@ def warn_if_too_short(trainer: L.Trainer, at: int | float, step: int) -> None:
             f"LowRank(at={at!r}): the layers are to be replaced at step {step}, as resolved when "
             f"the run began, and this run ends after {length:g} optimizer steps; train for longer, "
             "or give another at="
+        )
+
+
+def refuse_stale(
+    optimizers: Sequence[Optimizer], module: nn.Module, originals: Mapping[str, nn.Module]
+) -> None:
+    """Raise ValueError where an optimizer would train weights that ``module`` has no longer.
+
+    Args:
+        optimizers: Those of the run.
+        module: The module, with its pairs.
+        originals: Name of each layer that was there before to that layer.
+    """
+    held = {
+        parameter: type(optimizer).__name__
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    stale = held.keys() - set(module.parameters())
+    gone = {p: name for name, layer in originals.items() for p in layer.parameters()}
+    if found := stale & gone.keys():
+        raise ValueError(
+            f"LowRank has replaced {', '.join(sorted({gone[p] for p in found}))}, but "
+            f"{held[found.pop()]} would go on with the weights before: make optimizers and "
+            "lists of parameters in configure_optimizers, not earlier"
+        )
+    new = [
+        name
+        for name, layer in named_layers(compressed_network(module)).items()
+        if any(one.requires_grad and one not in held for one in layer.parameters())
+    ]
+    if stale and new:
+        raise ValueError(
+            f"LowRank: weights of another structure were loaded into {', '.join(new)} after "
+            f"{held[stale.pop()]} was made, which would go on with the weights before: load "
+            "them before fit, in __init__ or in configure_model"
         )
 
 
