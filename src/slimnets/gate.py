@@ -1,5 +1,7 @@
 """Holding back callbacks that choose a network, until there is a compressed one to choose."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import lightning as L
@@ -38,24 +40,11 @@ def after_target(callback: C) -> C:
     return callback
 
 
+HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end")
+
+
 class _Held:
-    """Put before a callback's own class: its hooks run only when the target is reached."""
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if _is_reached(trainer):
-            super().on_train_batch_end(trainer, *args)  # type: ignore[misc]
-
-    def on_train_epoch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if _is_reached(trainer):
-            super().on_train_epoch_end(trainer, *args)  # type: ignore[misc]
-
-    def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if _is_reached(trainer):
-            super().on_validation_end(trainer, *args)  # type: ignore[misc]
-
-    def on_train_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if _is_reached(trainer):
-            super().on_train_end(trainer, *args)  # type: ignore[misc]
+    """Put before a callback's own class, by ``_held``."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # pickle finds no class that is made at run time
@@ -63,13 +52,20 @@ class _Held:
 
 
 def _held(kind: type) -> type:
+    """``kind`` with hooks that run only when the target is reached."""
+    hooks = {name: _when_reached(getattr(kind, name)) for name in HOOKS}
     # by the same name, which is in the key of its state in checkpoints
-    return type(kind.__name__, (_Held, kind), {"__qualname__": kind.__qualname__})
+    return type(kind.__name__, (_Held, kind), {"__qualname__": kind.__qualname__, **hooks})
+
+
+def _when_reached(hook: Callable[..., None]) -> Callable[..., None]:
+    @wraps(hook)
+    def held(callback: L.Callback, trainer: L.Trainer, *args: Any) -> None:
+        if all(getattr(one, "target_reached", True) for one in callbacks_of(trainer)):
+            hook(callback, trainer, *args)
+
+    return held
 
 
 def _restore(kind: type) -> Any:
     return object.__new__(_held(kind))
-
-
-def _is_reached(trainer: L.Trainer) -> bool:
-    return all(getattr(one, "target_reached", True) for one in callbacks_of(trainer))
