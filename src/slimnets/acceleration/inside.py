@@ -38,27 +38,28 @@ def swap_layers(module: nn.Module, arguments: tuple[Any, ...], prefix: str = "")
     for name, layer in layers.items():
         if layer not in inputs:
             continue
-        fast, row = _faster(layer, inputs[layer])
-        rows.append(Row(f"{prefix}{name}", *row))
+        fast, row = _faster(f"{prefix}{name}", layer, inputs[layer])
+        rows.append(row)
         if fast is not None:
             replace(module, name, Swapped(layer, fast).eval())
     return rows
 
 
-def _faster(layer: nn.Module, x: Tensor) -> tuple[nn.Module | None, Any]:
+def _faster(name: str, layer: nn.Module, x: Tensor) -> tuple[nn.Module | None, Row]:
+    """What is faster than ``layer``, if anything is, and the row of the report."""
     graph = trace(layer, 1)
     assert graph is not None
     choice, expected = choose(graph, (x,), {}), layer(x)
     calls: dict[str, Callable[[], Any]] = {EAGER: lambda: layer(x)}
-    for name, variant in choice.variants.items():
+    for kind, variant in choice.variants.items():
         if same_results(variant, (x,), expected):
-            calls[name] = lambda variant=variant: variant(x)  # type: ignore[misc]
+            calls[kind] = lambda variant=variant: variant(x)  # type: ignore[misc]
     times = shortest_times(calls, FEW_SECONDS)
     best = fastest(times, LEAST_GAIN)
-    rows = {name: found[0] for name, found in choice.rows.items() if found}
-    what = rows[best].choice if best in rows else EAGER
-    row = (type(layer).__name__, share_of_zeros(layer), what, times[EAGER] * 1e3, times[best] * 1e3)
-    return (None if best == EAGER else choice.variants[best]), row
+    how = next((row.choice for row in choice.rows.get(best, [])), EAGER)
+    before, after = times[EAGER] * 1e3, times[best] * 1e3
+    row = Row(name, type(layer).__name__, share_of_zeros(layer), how, before, after)
+    return choice.variants.get(best), row
 
 
 def opaque(graph: fx.GraphModule) -> dict[str, nn.Module]:

@@ -174,11 +174,7 @@ class Reader:
         return self.take(int(ends[-1]) + 1 if count else 0)
 
     def finish(self) -> None:
-        """Raise if bytes are left over.
-
-        Raises:
-            ArtifactError: If so.
-        """
+        """Raise ArtifactError if bytes are left over."""
         if self.at != self.stream.size:
             raise ArtifactError(
                 f"stream {self.name!r}: {self.stream.size - self.at} bytes too many"
