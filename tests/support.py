@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,27 @@ class Endless(IterableDataset[tuple[Tensor, Tensor]]):
             yield torch.randn(3, 8, 8), torch.tensor(0)
 
 
+class Gan(Classifier):
+    """Two optimizers, one of them of a critic, under manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.critic = nn.Linear(4, 8)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.critic(self(batch[0])).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [
+            torch.optim.SGD(self.network.parameters(), lr=0.1),
+            torch.optim.Adam(self.critic.parameters()),
+        ]
+
+
 class Worse(Classifier):
     """Its validation loss only grows, as that of a network that is pruned."""
 
@@ -138,9 +159,9 @@ def ranks(network: nn.Module) -> dict[str, int]:
     return {n: m.rank for n, m in network.named_modules() if isinstance(m, LowRankPair)}
 
 
-def assert_equal(one: nn.Module, two: nn.Module) -> None:
-    """Bit for bit, in the same order."""
-    found, expected = one.state_dict(), two.state_dict()
+def assert_equal(one: nn.Module, two: nn.Module | Mapping[str, Tensor]) -> None:
+    """That ``one`` has the state of ``two``, bit for bit and in the same order."""
+    found, expected = one.state_dict(), two.state_dict() if isinstance(two, nn.Module) else two
     assert list(found) == list(expected)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name

@@ -13,7 +13,7 @@ from slimnets.distillation import DistillationModule, logit_regression
 from tests.distillation.students import (
     SGD,
 )
-from tests.support import Classifier, small_data, small_network
+from tests.support import Classifier, assert_equal, small_data, small_network
 
 # most fits here are without validation data, which the modules could use
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -141,8 +141,7 @@ def test_what_needs_a_batch_is_refused_before_the_first_step(
     with pytest.raises(error, match=re.escape(message)):
         make_trainer(max_epochs=1).fit(DistillationModule(student, teacher), data)
 
-    for name, tensor in student.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert_equal(student, before)
     assert not student._forward_hooks
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from slimnets.distillation import DistillationModule, logit_regression
 from slimnets.lowrank.factorize import factorize
-from tests.support import Classifier, small_data, small_network
+from tests.support import Classifier, assert_equal, small_data, small_network
 
 # most fits here are without validation data, which the modules could use
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -162,5 +162,4 @@ def test_averaged_weights_are_of_the_student_alone(make_trainer, kind, averaging
     module = getattr(average, "module", average)
     assert module.teacher is teacher
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"student"}
-    for name, tensor in teacher.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert_equal(teacher, before)

@@ -21,7 +21,7 @@ from tests.distillation.students import (
     first_batch,
     one_step,
 )
-from tests.support import Classifier, small_data, small_network
+from tests.support import Classifier, assert_equal, small_data, small_network
 
 # most fits here are without validation data, which the modules could use
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -116,8 +116,7 @@ def test_the_teacher_is_left_as_it_was_and_out_of_everything(make_trainer, tmp_p
     assert module.teacher is teacher
     assert not any(m.training for m in teacher.modules())
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    for name, tensor in teacher.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert_equal(teacher, before)
     ours = {id(p) for p in teacher.parameters()}
     assert not ours & {id(p) for p in module.parameters()}
     assert not ours & {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
@@ -189,9 +188,7 @@ def test_precisions(make_trainer, precision, kind) -> None:
     trainer.fit(DistillationModule(student, teacher), small_data(), small_data())
 
     assert math.isfinite(trainer.callback_metrics["val/distillation_loss"])
-    for name, tensor in teacher.state_dict().items():
-        assert tensor.dtype == before[name].dtype
-        assert torch.equal(tensor, before[name]), name
+    assert_equal(teacher, before)
 
 
 @pytest.mark.slow

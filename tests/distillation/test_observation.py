@@ -20,7 +20,7 @@ from tests.distillation.students import (
     first_batch,
     one_step,
 )
-from tests.support import Classifier, small_data, small_network
+from tests.support import Classifier, assert_equal, small_data, small_network
 
 # most fits here are without validation data, which the modules could use
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -57,8 +57,7 @@ def test_no_logits_is_an_error_before_the_first_step(make_trainer, kind) -> None
     with pytest.raises(RuntimeError, match=r"logits='NAME'\): its submodules are 'network'"):
         make_trainer(max_epochs=1).fit(DistillationModule(student, small_network()), small_data())
 
-    for name, tensor in student.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert_equal(student, before)
     assert "manual_backward" not in vars(student)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import slimnets
 from slimnets.distillation.teacher import Teacher, load_weights
-from tests.support import small_network
+from tests.support import assert_equal, small_network
 
 
 def test_it_is_frozen_and_in_eval_mode_even_if_told_otherwise() -> None:
@@ -25,8 +25,7 @@ def test_it_is_frozen_and_in_eval_mode_even_if_told_otherwise() -> None:
     assert not any(parameter.requires_grad for parameter in network.parameters())
     assert not any(module.training for module in network.modules())
     torch.testing.assert_close(output, teacher(x), rtol=0, atol=0)
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert_equal(network, before)
 
 
 def test_a_torchscript_of_a_network_can_teach() -> None:
@@ -100,8 +99,7 @@ def test_weights_are_read_from_a_file(tmp_path, kind) -> None:
 
     load_weights(network, str(path))
 
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
+    assert_equal(network, state)
 
 
 def test_a_file_of_another_network_leaves_this_one_as_it_was(tmp_path) -> None:
@@ -113,8 +111,7 @@ def test_a_file_of_another_network_leaves_this_one_as_it_was(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"weights.pt.*2 of .* differ, '9.bias' the first"):
         load_weights(network, tmp_path / "weights.pt")
 
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert_equal(network, before)
 
 
 def test_a_pickled_network_is_refused(tmp_path) -> None:

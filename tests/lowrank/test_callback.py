@@ -15,11 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import slimnets
 from slimnets.distillation import DistillationModule
 from slimnets.lowrank import LowRank, LowRankPair, LowRankReplace
-from tests.support import Backbone, Classifier, small_data, small_network
-
-
-def pairs(module):
-    return {n: m.rank for n, m in module.named_modules() if isinstance(m, LowRankPair)}
+from tests.support import Backbone, Classifier, Gan, assert_equal, ranks, small_data, small_network
 
 
 class Fails(Callback):
@@ -54,7 +50,7 @@ def test_layers_are_replaced_and_their_factors_trained(make_trainer):
             assert optimized == {id(p) for p in pl_module.parameters()}
 
     fit(make_trainer, module, [LowRank(2), Look()])
-    assert pairs(module) == {"network.0": 2, "network.3": 2, "network.7": 2, "network.9": 2}
+    assert ranks(module) == {"network.0": 2, "network.3": 2, "network.7": 2, "network.9": 2}
     assert torch.equal(seen[0][9].bias, dense["network.9.bias"])
     u, s, vh = torch.linalg.svd(dense["network.7.weight"])
     best = (u[:, :2] * s[:2]) @ vh[:2]
@@ -78,8 +74,8 @@ def test_names_are_those_of_the_compressed_network(make_trainer, arguments, expe
     student = small_network()
     module = DistillationModule(student=student, teacher=small_network())
     fit(make_trainer, module, [LowRank(**arguments)])
-    assert pairs(student) == expected
-    assert not pairs(module.teacher)
+    assert ranks(student) == expected
+    assert not ranks(module.teacher)
     if arguments.get("decomposition") == "channel":
         assert student[0].first.kernel_size == (3, 3)
 
@@ -87,7 +83,7 @@ def test_names_are_those_of_the_compressed_network(make_trainer, arguments, expe
 def test_a_student_that_is_itself_a_layer(make_trainer):
     module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
     fit(make_trainer, module, [LowRank({"network.1": 1})])
-    assert pairs(module) == {"network.1": 1}
+    assert ranks(module) == {"network.1": 1}
 
     class Wrapper(Classifier):
         @property
@@ -99,14 +95,14 @@ def test_a_student_that_is_itself_a_layer(make_trainer):
 
     module = Wrapper(nn.Linear(192, 4))
     trainer = fit(make_trainer, module, [LowRank(2)])
-    assert pairs(module) == {"network": 2}
+    assert ranks(module) == {"network": 2}
     trainer.test(module, small_data(8), verbose=False)
 
 
 def test_a_compiled_network_inside_the_module(make_trainer):
     module = Classifier(torch.compile(small_network(), backend="eager"))
     fit(make_trainer, module, [LowRank(2, exclude="*9")])
-    assert set(pairs(module)) == {f"network._orig_mod.{i}" for i in (0, 3, 7)}
+    assert set(ranks(module)) == {f"network._orig_mod.{i}" for i in (0, 3, 7)}
 
 
 def test_a_second_fit_and_every_stage_leave_the_pairs(make_trainer):
@@ -168,7 +164,7 @@ def test_configure_model_is_called_first(make_trainer):
 
     module = Late(nn.Identity())
     fit(make_trainer, module, [LowRank(2)])
-    assert len(pairs(module)) == 4
+    assert len(ranks(module)) == 4
 
 
 class BuiltInSetup(Classifier):
@@ -205,7 +201,7 @@ def test_layers_that_the_module_builds_in_setup_are_an_error(make_trainer, every
     message = "build them in __init__" if everything else "missed .*: network.10; build them in"
     with pytest.raises(ValueError, match=message):
         fit(make_trainer, module, [LowRank(2)])
-    assert not pairs(module)
+    assert not ranks(module)
 
 
 class Loads(Callback):
@@ -230,11 +226,11 @@ def test_dense_weights_that_are_loaded_after_it_ran_are_an_error(
     callbacks = [Loads(hook, dense), LowRank(2)]
     if hook == "setup" and first:
         fit(make_trainer, module, callbacks)  # they are what is factorized
-        assert pairs(module)
+        assert ranks(module)
         return
     with pytest.raises(ValueError, match=message):
         fit(make_trainer, module, callbacks[:: 1 if first else -1])
-    assert not pairs(module)
+    assert not ranks(module)
 
 
 def test_other_weights_that_are_loaded_into_a_resumed_run_are_an_error(make_trainer, tmp_path):
@@ -266,7 +262,7 @@ def test_sharding_is_refused(make_trainer):
     module = Classifier()
     with pytest.raises(NotImplementedError, match="LowRank does not support FSDPStrategy"):
         LowRank(2).setup(trainer, module, "fit")
-    assert not pairs(module)
+    assert not ranks(module)
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
@@ -275,7 +271,7 @@ def test_processes_that_are_spawned_or_forked_are_refused(make_trainer, strategy
     trainer = make_trainer(strategy=strategy, devices=2)
     with pytest.raises(NotImplementedError, match="use strategy='ddp' or a single device"):
         LowRank(2).setup(trainer, module, "fit")
-    assert not pairs(module)
+    assert not ranks(module)
     assert not module._load_state_dict_pre_hooks
     LowRank(2).setup(trainer, module, "test")  # which brings nothing back
 
@@ -317,7 +313,7 @@ def test_weights_that_are_not_finite_are_refused(make_trainer):
     module.network[7].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"weight of layer 'network\.7' has infinite or NaN"):
         fit(make_trainer, module, [LowRank(2)])
-    assert not pairs(module)
+    assert not ranks(module)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +340,7 @@ def test_an_error_before_the_first_step_puts_the_layers_back(make_trainer, hook,
     assert all(torch.equal(module.state_dict()[name], value) for name, value in weights.items())
     assert not module._load_state_dict_pre_hooks
     fit(make_trainer, module, [LowRank(2)])
-    assert len(pairs(module)) == 4
+    assert len(ranks(module)) == 4
 
 
 def test_an_error_in_the_first_batch_puts_the_layers_back(make_trainer):
@@ -363,7 +359,7 @@ def test_an_error_after_the_first_step_keeps_what_was_learned(make_trainer, orde
     callbacks = [LowRank(2), Fails("on_train_batch_end")][::order]
     with pytest.raises(RuntimeError, match="broken elsewhere"):
         fit(make_trainer, module, callbacks)
-    assert len(pairs(module)) == 4
+    assert len(ranks(module)) == 4
     assert not module._load_state_dict_pre_hooks
 
 
@@ -452,7 +448,7 @@ def test_two_instances_on_one_trainer(make_trainer):
     assert callbacks[0].state_key != callbacks[1].state_key
     fit(make_trainer, module, callbacks)
     assert module.network[0].first.kernel_size == (3, 3)
-    assert {"network.0", "network.3", "network.7"} <= set(pairs(module))
+    assert {"network.0", "network.3", "network.7"} <= set(ranks(module))
 
 
 def test_the_state_key_does_not_change_with_ranks():
@@ -461,31 +457,12 @@ def test_the_state_key_does_not_change_with_ranks():
 
 
 def test_manual_optimization_with_two_optimizers(make_trainer):
-    class Gan(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.critic = nn.Linear(4, 4)
-
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                loss = self.critic(self(batch[0])).square().mean()
-                self.manual_backward(loss)
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [
-                torch.optim.SGD(self.network.parameters(), lr=0.1),
-                torch.optim.Adam(self.critic.parameters()),
-            ]
-
     module = Gan()
     fit(make_trainer, module, [LowRank(1)])
-    assert pairs(module)["critic"] == 1
+    assert ranks(module)["critic"] == 1
     with pytest.raises(RuntimeError, match="broken"):
         fit(make_trainer, module, [LowRank(1), Fails("on_train_batch_end")])
-    assert pairs(module)["critic"] == 1
+    assert ranks(module)["critic"] == 1
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # what barebones is for
@@ -495,7 +472,7 @@ def test_fast_dev_run_and_barebones(make_trainer):
         defaults = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar"], None)
         trainer = make_trainer(callbacks=[LowRank(2)], **{**defaults, **arguments})
         trainer.fit(module, small_data(), small_data(8))
-        assert len(pairs(module)) == 4
+        assert len(ranks(module)) == 4
 
 
 def test_the_learning_rate_finder(make_trainer):
@@ -505,7 +482,7 @@ def test_the_learning_rate_finder(make_trainer):
     tuner = L.pytorch.tuner.Tuner(trainer)
     tuner.lr_find(module, small_data(), small_data(8), num_training=5)
     trainer.fit(module, small_data(), small_data(8))
-    assert len(pairs(module)) == 4
+    assert len(ranks(module)) == 4
 
 
 @pytest.mark.parametrize("arguments", [{}, {"at": 2}])
@@ -537,7 +514,7 @@ def test_an_optimizer_of_the_layers_before_is_refused(make_trainer):
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(ValueError, match=r"replaced network\.0, .*, but SGD would go on"):
         fit(make_trainer, module, [LowRank(r=2)])
-    assert not pairs(module)
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not ranks(module)
+    assert_equal(module, before)
     fit(make_trainer, module, [LowRank(r=2, at=3)])  # which knows what the optimizer has
-    assert pairs(module)
+    assert ranks(module)

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 
 from slimnets import ExactResume
-from slimnets.lowrank import LowRank, LowRankPair, factorize
+from slimnets.lowrank import LowRank, factorize
 from slimnets.trainer import averaged_networks
-from tests.support import Classifier, assert_equal, small_data, small_network
+from tests.support import Classifier, assert_equal, ranks, small_data, small_network
 
 # checkpoints lie where the test wants them
 pytestmark = [
@@ -35,10 +35,6 @@ class SaveAt(Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
-
-
-def pairs(module):
-    return {n: m.rank for n, m in module.named_modules() if isinstance(m, LowRankPair)}
 
 
 def classifier(seed=0, optimizer=torch.optim.Adam, **arguments):
@@ -71,7 +67,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(
     run(make_trainer, whole, callbacks)
     resumed = classifier(seed=1)  # other weights: energy= alone would give other ranks
     run(make_trainer, resumed, [LowRank(**arguments)], ckpt_path=tmp_path / "x.ckpt")
-    assert pairs(resumed)
+    assert ranks(resumed)
     assert_equal(resumed, whole)
 
 
@@ -79,7 +75,7 @@ def test_with_energy_the_ranks_are_those_of_the_checkpoint(make_trainer, tmp_pat
     module, other = classifier(), classifier(seed=5)
     trainer = run(make_trainer, module, [LowRank(energy=0.8)], epochs=1)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    assert pairs(factorize(other, energy=0.8)) != pairs(module)  # or the test shows nothing
+    assert ranks(factorize(other, energy=0.8)) != ranks(module)  # or the test shows nothing
     run(make_trainer, classifier(seed=5), [LowRank(energy=0.8)], 2, tmp_path / "x.ckpt")
 
 
@@ -149,7 +145,7 @@ def test_a_run_cannot_be_resumed_from_a_dense_checkpoint(make_trainer, tmp_path)
         run(make_trainer, module, [LowRank(2)], 2, tmp_path / "dense.ckpt")
     assert_equal(module, dense)
     run(make_trainer, module, [LowRank(2)], 2)  # what the message advises
-    assert len(pairs(module)) == 4
+    assert len(ranks(module)) == 4
 
 
 def test_a_callback_added_on_resume_warns_or_refuses(make_trainer, tmp_path):
@@ -159,7 +155,7 @@ def test_a_callback_added_on_resume_warns_or_refuses(make_trainer, tmp_path):
     more = classifier()
     with pytest.warns(UserWarning, match=r"made with other callbacks .* LowRank\(r=2,"):
         run(make_trainer, more, [LowRank(2)], 2, tmp_path / "x.ckpt")
-    assert pairs(more) == pairs(module)
+    assert ranks(more) == ranks(module)
     with pytest.raises(ValueError, match="cannot resume"):
         run(make_trainer, classifier(), [some, LowRank({"*[79]": 2})], 2, tmp_path / "x.ckpt")
 
@@ -179,12 +175,12 @@ def test_an_error_after_the_restore_leaves_the_network_of_the_checkpoint(make_tr
 def test_resuming_with_other_arguments_warns_and_keeps_the_structure(make_trainer, tmp_path):
     module = classifier()
     run(make_trainer, module, [LowRank(2)], epochs=1).save_checkpoint(tmp_path / "x.ckpt")
-    ranks = pairs(module)
+    kept = ranks(module)
     for other in (LowRank(4), LowRank(energy=0.5), LowRank(2, decomposition="channel")):
         again = classifier(seed=1)
         with pytest.warns(UserWarning, match=r"made with LowRank\(r=2, .* is not applied"):
             run(make_trainer, again, [other], 2, tmp_path / "x.ckpt")
-        assert pairs(again) == ranks
+        assert ranks(again) == kept
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_layers_as_they_were(make_trainer, tmp_path):
@@ -207,7 +203,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_layers_as_they_were(make_trai
     before = copy.deepcopy(wider.network[7].weight)
     with pytest.raises(ValueError, match=r"network\.7\.first\.weight: \(2, 256\) and then"):
         run(make_trainer, wider, [LowRank(2)], 2, tmp_path / "x.ckpt")
-    assert not pairs(wider)
+    assert not ranks(wider)
     assert torch.equal(wider.network[7].weight, before)
 
 
@@ -215,7 +211,7 @@ class Look(Callback):
     """The structure of the averages, while it trains."""
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.found = [pairs(network) for network in averaged_networks(trainer)]
+        self.found = [ranks(network) for network in averaged_networks(trainer)]
         self.average = copy.deepcopy(next(averaged_networks(trainer)).state_dict())
 
 
@@ -238,8 +234,8 @@ def test_averages_have_the_same_structure_in_both_orders(make_trainer, average):
         module, look = without_norm(), Look()
         callbacks = [LowRank(energy=0.8), average()][::order]
         run(make_trainer, module, [*callbacks, look])
-        assert look.found == [pairs(module)]
-        assert pairs(module)
+        assert look.found == [ranks(module)]
+        assert ranks(module)
         results.append(module)
     assert_equal(*results)
 
@@ -257,7 +253,7 @@ def test_a_run_with_averages_is_resumed(make_trainer, tmp_path, average, order):
         for parameter in resumed.parameters():  # other weights, other ranks before the restore
             parameter.add_(torch.randn_like(parameter))
     run(make_trainer, resumed, [*callbacks(), again], ckpt_path=tmp_path / "x.ckpt")
-    assert again.found == look.found == [pairs(resumed)]
+    assert again.found == look.found == [ranks(resumed)]
     for name, value in look.average.items():
         assert torch.equal(again.average[name], value), name
     assert_equal(resumed, whole)
@@ -272,7 +268,7 @@ def test_averages_begun_on_resume_have_the_structure_of_the_checkpoint(make_trai
         match = "not created with WeightAveraging|made with LowRank"
         with pytest.warns(UserWarning, match=match):
             run(make_trainer, resumed, callbacks, ckpt_path=tmp_path / "x.ckpt")
-        assert look.found == [pairs(resumed)] == [pairs(module)]
+        assert look.found == [ranks(resumed)] == [ranks(module)]
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -20,7 +20,16 @@ from slimnets.lowrank import LowRank, LowRankPair, factorize
 from slimnets.lowrank.pair import make_pair
 from slimnets.lowrank.swap import successors, take_over
 from slimnets.trainer import averaged_networks
-from tests.support import CalledModule, Classifier, Endless, assert_equal, small_data, small_network
+from tests.support import (
+    CalledModule,
+    Classifier,
+    Endless,
+    Gan,
+    assert_equal,
+    ranks,
+    small_data,
+    small_network,
+)
 
 # checkpoints lie where the test wants them
 pytestmark = [
@@ -29,10 +38,6 @@ pytestmark = [
 ]
 ADAM = partial(torch.optim.Adam, lr=0.01)
 STEPS = 6  # of an epoch
-
-
-def pairs(module):
-    return {n: m.rank for n, m in module.named_modules() if isinstance(m, LowRankPair)}
 
 
 def classifier(optimizer=ADAM, seed=0, network=None):
@@ -49,6 +54,16 @@ def run(make_trainer, module, callbacks, epochs=3, ckpt_path=None, **arguments):
     return trainer
 
 
+class Save(Callback):
+    """Saves at the end of every epoch, by the step."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
 class Record(Callback):
     """What there is before and after every step."""
 
@@ -56,7 +71,7 @@ class Record(Callback):
         self.before, self.after = [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.before.append(pairs(pl_module))
+        self.before.append(ranks(pl_module))
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         self.after.append(copy.deepcopy(pl_module.state_dict()))
@@ -64,7 +79,7 @@ class Record(Callback):
         assert live == {id(p) for p in pl_module.parameters()}
         assert set(map(id, trainer.optimizers[0].state)) <= live
         for network in averaged_networks(trainer):
-            assert pairs(network) == pairs(pl_module)
+            assert ranks(network) == ranks(pl_module)
 
 
 @pytest.mark.parametrize(("at", "step"), [(1, 1), (7, 7), (0.5, 9), (0.01, 1)])
@@ -72,7 +87,7 @@ def test_the_layers_are_replaced_after_that_many_steps(make_trainer, at, step):
     record, module = Record(), classifier()
     run(make_trainer, module, [LowRank(2, at=at), record])
     assert [bool(found) for found in record.before] == [False] * step + [True] * (18 - step)
-    assert len(pairs(module)) == 4
+    assert len(ranks(module)) == 4
 
 
 def test_until_then_it_is_the_dense_run_and_then_the_pairs_of_its_weights_are_trained(make_trainer):
@@ -104,16 +119,12 @@ OPTIMIZERS = {
 def test_a_resumed_run_ends_like_one_that_was_not_interrupted(
     make_trainer, tmp_path, optimizer, saved
 ):
-    class Save(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.global_step == saved * STEPS:
-                trainer.save_checkpoint(tmp_path / "x.ckpt")
-
     whole = classifier(optimizer)
-    run(make_trainer, whole, [LowRank(energy=0.7, at=0.5), Save()])
+    run(make_trainer, whole, [LowRank(energy=0.7, at=0.5), Save(tmp_path)])
     resumed = classifier(optimizer, seed=1)
-    run(make_trainer, resumed, [LowRank(energy=0.7, at=0.5)], ckpt_path=tmp_path / "x.ckpt")
-    assert pairs(resumed) == pairs(whole) != {}
+    path = tmp_path / f"{saved * STEPS}.ckpt"
+    run(make_trainer, resumed, [LowRank(energy=0.7, at=0.5)], ckpt_path=path)
+    assert ranks(resumed) == ranks(whole) != {}
     assert_equal(resumed, whole)
 
 
@@ -189,7 +200,7 @@ def test_schedulers_go_on(make_trainer):
     module = Scheduled()
     run(make_trainer, module, [LowRank(2, at=9), rates[1], Record()])
     assert rates[0].seen == rates[1].seen
-    assert len(pairs(module)) == 4
+    assert len(ranks(module)) == 4
 
 
 AVERAGES = {
@@ -211,23 +222,18 @@ def test_an_average_of_a_module_that_has_one_called_module(make_trainer):
 @pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
 @pytest.mark.parametrize("at", [5, 9])
 def test_averages_follow_in_both_orders_and_resume(make_trainer, tmp_path, average, at):
-    class Save(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.global_step == STEPS:
-                trainer.save_checkpoint(tmp_path / "x.ckpt")
-
     results = []
     for order in (1, -1):
         callbacks = [LowRank(2, at=at), average()][::order]
         module = classifier()
-        run(make_trainer, module, [*callbacks, Record(), Save()])
+        run(make_trainer, module, [*callbacks, Record(), Save(tmp_path)])
         results.append(module)
         resumed = classifier(seed=1)
         callbacks = [LowRank(2, at=at), average()][::order]
-        run(make_trainer, resumed, [*callbacks, Record()], ckpt_path=tmp_path / "x.ckpt")
+        run(make_trainer, resumed, [*callbacks, Record()], ckpt_path=tmp_path / f"{STEPS}.ckpt")
         assert_equal(resumed, module)
     assert_equal(*results)
-    assert len(pairs(module)) == 4
+    assert len(ranks(module)) == 4
 
 
 def test_the_average_is_that_of_the_pair_since_the_swap(make_trainer):
@@ -256,32 +262,14 @@ def test_the_student_of_a_distillation(make_trainer):
     student = small_network()
     module = DistillationModule(student=student, teacher=small_network())
     run(make_trainer, module, [LowRank(2, at=5)])
-    assert len(pairs(student)) == 4
+    assert len(ranks(student)) == 4
 
 
 def test_manual_optimization_with_two_optimizers(make_trainer):
-    class Gan(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.critic = nn.Linear(4, 8)
-
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(self.critic(self(batch[0])).square().mean())
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [
-                torch.optim.SGD(self.network.parameters(), lr=0.1),
-                torch.optim.Adam(self.critic.parameters()),
-            ]
-
     module, record = Gan(), Record()
     run(make_trainer, module, [LowRank(1, at=10), record])
     assert [bool(found) for found in record.before] == [False] * 10 + [True] * 26
-    assert "critic" in pairs(module)
+    assert "critic" in ranks(module)
     with pytest.raises(ValueError, match=r"at=0\.5 is a fraction .* not known"):
         run(make_trainer, Gan(), [LowRank(1, at=0.5)])
 
@@ -327,7 +315,7 @@ def test_a_run_that_ends_before_is_refused(make_trainer):
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(ValueError, match=r"at=18: the run has only 18 optimizer steps"):
         run(make_trainer, module, [LowRank(2, at=18)])
-    assert all(torch.equal(module.state_dict()[n], value) for n, value in before.items())
+    assert_equal(module, before)
 
 
 def test_a_run_that_stops_early_says_so(make_trainer):
@@ -348,7 +336,7 @@ def test_fast_dev_run_swaps_too(make_trainer):
     module = classifier()
     trainer = make_trainer(fast_dev_run=2, callbacks=[LowRank(2, at=500)])
     trainer.fit(module, small_data(), small_data(8))
-    assert len(pairs(module)) == 4
+    assert len(ranks(module)) == 4
 
 
 def test_strategies_of_several_processes_are_refused(make_trainer):
@@ -356,13 +344,13 @@ def test_strategies_of_several_processes_are_refused(make_trainer):
     with pytest.raises(NotImplementedError, match=r"LowRank\(at=9\) does not support DDPStrategy"):
         run(make_trainer, module, [LowRank(2, at=9)], strategy="ddp")
     torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the process
-    assert not pairs(module)
+    assert not ranks(module)
 
 
 def test_two_instances_replace_at_different_steps(make_trainer):
     module = classifier()
     run(make_trainer, module, [LowRank({"*.7": 2}, at=9), LowRank({"*.[03]": 2})])
-    assert set(pairs(module)) == {"network.0", "network.3", "network.7"}
+    assert set(ranks(module)) == {"network.0", "network.3", "network.7"}
 
 
 def test_lbfgs_is_refused(make_trainer):
@@ -385,11 +373,7 @@ def test_resuming_with_another_at(make_trainer, tmp_path):
     run(make_trainer, module, [LowRank(2, at=0.5), record], ckpt_path=tmp_path / "dense.ckpt")
     assert [bool(found) for found in record.before] == [False] * 6 + [True] * 6
 
-    class Save(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
-
-    run(make_trainer, classifier(), [LowRank(2, at=9), Save()])
+    run(make_trainer, classifier(), [LowRank(2, at=9), Save(tmp_path)])
     record = Record()
     with pytest.warns(UserWarning, match=r"at=9,.* going on with LowRank\(r=2,.* at=11"):
         run(make_trainer, classifier(), [LowRank(2, at=11), record], 3, tmp_path / "6.ckpt")
@@ -400,16 +384,12 @@ def test_resuming_with_another_at(make_trainer, tmp_path):
 
 @pytest.mark.parametrize("at", [9, 0.5])
 def test_resuming_with_other_ranks_keeps_the_step(make_trainer, tmp_path, at):
-    class Save(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
-
-    run(make_trainer, classifier(), [LowRank(2, at=at), Save()])
+    run(make_trainer, classifier(), [LowRank(2, at=at), Save(tmp_path)])
     record, module = Record(), classifier()
     with pytest.warns(UserWarning, match=r"going on with LowRank\(r=3,"):
         run(make_trainer, module, [LowRank(3, at=at), record], 3, tmp_path / "6.ckpt")
     assert [bool(found) for found in record.before] == [False] * 3 + [True] * 9
-    assert set(pairs(module).values()) == {3}
+    assert set(ranks(module).values()) == {3}
 
 
 def test_a_checkpoint_from_after_is_evaluated_by_a_fresh_module(make_trainer, tmp_path):

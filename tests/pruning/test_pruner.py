@@ -8,7 +8,7 @@ from slimnets import prune
 from slimnets.pruning import magnitude, random
 from slimnets.pruning.pruner import Pruner
 from slimnets.pruning.weights import target_sparsity
-from tests.support import small_network, zeros
+from tests.support import assert_equal, small_network, zeros
 
 
 def pruner_of(network, sparsity=0.9, **arguments):
@@ -82,7 +82,7 @@ def test_a_criterion_of_another_shape_changes_nothing(bad):
     before = copy.deepcopy(network.state_dict())
     with pytest.raises(ValueError, match=r"expected scores of the shape of '0.weight'"):
         prune(network, 0.5, criterion=bad)
-    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    assert_equal(network, before)
 
 
 def test_a_criterion_that_fails_on_a_later_layer_changes_nothing():
@@ -92,7 +92,7 @@ def test_a_criterion_that_fails_on_a_later_layer_changes_nothing():
     before = copy.deepcopy(network.state_dict())
     with pytest.raises(AttributeError):
         prune(network, 0.5, criterion=lambda p: p.abs() * p.grad.abs())
-    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    assert_equal(network, before)
 
 
 def test_a_criterion_that_cannot_be_called_is_named():
