@@ -154,6 +154,22 @@ def zeros(network: nn.Module) -> dict[str, int]:
     return {n: int((p == 0).sum()) for n, p in network.named_parameters() if p.ndim > 1}
 
 
+SPARSITY = 0.75  # of assert_compressed, and of what it is to follow
+RANKS = {"0": 2, "3": 2, "7": 2, "9": 2}  # of all layers of small_network()
+
+
+def assert_sparse(network: nn.Module, sparsity: float = SPARSITY) -> None:
+    """Exactly that share of zeros in every weight."""
+    for name, count in zeros(network).items():
+        assert count == round(sparsity * network.get_parameter(name).numel()), name
+
+
+def assert_compressed(network: nn.Module, expected: Mapping[str, int] = RANKS) -> None:
+    """Exactly the ranks and the zeros that were asked for."""
+    assert ranks(network) == expected
+    assert_sparse(network)
+
+
 def ranks(network: nn.Module) -> dict[str, int]:
     """Of each pair."""
     return {n: m.rank for n, m in network.named_modules() if isinstance(m, LowRankPair)}

@@ -15,7 +15,7 @@ from torch import nn
 import slimnets
 from slimnets import DistillationModule, ExactResume, GradualPrune, LowRank
 from slimnets.pruning import random
-from tests.support import Classifier, small_data, small_network
+from tests.support import Classifier, assert_equal, assert_sparse, small_data, small_network
 
 pytestmark = [  # a resumed run writes elsewhere here, and not always checkpoints
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
@@ -40,14 +40,6 @@ def fit(make_trainer, callbacks, module=None, epochs=3, ckpt_path=None, **argume
     trainer = make_trainer(max_epochs=epochs, callbacks=callbacks, **arguments)
     trainer.fit(module, small_data(shuffle=True), small_data(8), ckpt_path=ckpt_path)
     return module, trainer
-
-
-def pair_zeros(network):
-    return {
-        name: (int((p == 0).sum()), round(0.75 * p.numel()))
-        for name, p in network.named_parameters()
-        if p.ndim > 1
-    }
 
 
 def test_the_three_lines_of_the_readme(make_trainer, tmp_path):
@@ -76,13 +68,11 @@ def test_every_order_of_the_callbacks_gives_the_same_network(make_trainer, stude
     for order in permutations(make):
         torch.manual_seed(7)
         module, _ = fit(make_trainer, [make[name]() for name in order], distillation(student()))
-        results.append(module.student.state_dict())
-        for zeros, wanted in pair_zeros(module.student).values():
-            assert zeros == wanted
-    for state in results[1:]:
-        assert list(state) == list(results[0])
-        assert all(torch.equal(state[key], results[0][key]) for key in state)
-    assert any(".first.weight" in key for key in results[0])
+        results.append(module.student)
+        assert_sparse(module.student)
+    for other in results[1:]:
+        assert_equal(other, results[0])
+    assert any(".first.weight" in key for key in results[0].state_dict())
 
 
 def test_averaged_weights_in_the_checkpoint_are_as_sparse_as_at_the_end(make_trainer, tmp_path):
@@ -124,9 +114,7 @@ def test_resuming_from_an_epoch_continues_bit_for_bit(
         ckpt_path=tmp_path / f"a/epoch={epoch}.ckpt",
         **arguments,
     )
-    one, two = whole.state_dict(), again.state_dict()
-    assert list(one) == list(two)
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert_equal(whole, again)
     states = (t.optimizers[0].state_dict()["state"].values() for t in (trainer, resumed))
     for a, b in zip(*states, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -147,8 +135,7 @@ def test_a_compressed_checkpoint_is_tested_and_predicted_with_a_fresh_model(make
     loaded = DistillationModule.load_from_checkpoint(
         tmp_path / "x.ckpt", student=small_network(dropout=0.2), teacher=module.teacher
     )
-    state = module.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    assert_equal(loaded, module)
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -159,11 +146,7 @@ def test_an_error_of_any_callback_leaves_the_model_as_it_was(make_trainer, order
     with pytest.raises(ValueError, match="sparsity: 'nothing' matches no layer"):
         fit(make_trainer, callbacks if order else callbacks[::-1], module)
     assert str(module.student) == str(before)
-    assert list(module.student.state_dict()) == list(before.state_dict())
-    assert all(
-        torch.equal(value, module.student.state_dict()[key])
-        for key, value in before.state_dict().items()
-    )
+    assert_equal(module.student, before)
 
 
 def test_an_error_on_the_first_batch_leaves_the_model_as_it_was(make_trainer):
@@ -174,9 +157,7 @@ def test_an_error_on_the_first_batch_leaves_the_model_as_it_was(make_trainer):
     with pytest.raises(ValueError, match="shape"):
         fit(make_trainer, [GradualPrune(0.5, initial=0.2), LowRank(r=4)], module)
     assert str(student) == str(before)
-    assert all(
-        torch.equal(value, student.state_dict()[key]) for key, value in before.state_dict().items()
-    )
+    assert_equal(student, before)
 
 
 def test_a_second_fit_goes_on_with_the_pairs_and_the_zeros(make_trainer):
@@ -203,8 +184,7 @@ def test_only_the_student_changes(make_trainer):
     structure = str(module.teacher)
     fit(make_trainer, [GradualPrune(0.75), LowRank(r=0.25)], module)
     assert str(module.teacher) == structure
-    for key, value in module.teacher.state_dict().items():
-        assert torch.equal(value, teacher[key])
+    assert_equal(module.teacher, teacher)
 
 
 def test_globs_of_pruning_choose_the_pairs_in_the_place_of_layers(make_trainer):
@@ -230,8 +210,7 @@ def test_layers_replaced_in_the_middle_of_the_run_are_pruned_too(make_trainer, o
     torch.manual_seed(7)
     module, _ = fit(make_trainer, callbacks)
     assert "7.first.weight" in dict(module.student.named_parameters())
-    for zeros, wanted in pair_zeros(module.student).values():
-        assert zeros == wanted
+    assert_sparse(module.student)
 
 
 def test_the_order_makes_no_difference_in_the_middle_of_the_run_either(make_trainer):
@@ -239,8 +218,8 @@ def test_the_order_makes_no_difference_in_the_middle_of_the_run_either(make_trai
     for order in (1, -1):
         torch.manual_seed(7)
         module, _ = fit(make_trainer, [GradualPrune(0.75), LowRank(r=0.25, at=8)][::order])
-        results.append(module.student.state_dict())
-    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+        results.append(module.student)
+    assert_equal(*results)
 
 
 def test_a_checkpoint_between_the_replacement_and_the_next_step_is_resumed(make_trainer, tmp_path):
@@ -263,8 +242,7 @@ def test_a_checkpoint_between_the_replacement_and_the_next_step_is_resumed(make_
         module, _ = fit(
             make_trainer, again, Classifier(), ckpt_path=path, enable_checkpointing=True
         )
-    for zeros, wanted in pair_zeros(module.network).values():
-        assert zeros == wanted
+    assert_sparse(module.network)
 
 
 def test_zeros_of_other_layers_stay_where_some_are_replaced_in_the_middle(make_trainer):

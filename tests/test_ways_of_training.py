@@ -17,13 +17,19 @@ from torch.utils.data import DataLoader, IterableDataset
 from slimnets import DistillationModule, GradualPrune, LowRank
 from slimnets.pruning.schedules import linear, one_shot
 from tests.distillation.students import Images, Perceptron
-from tests.support import Classifier, assert_equal, ranks, small_data, small_network, zeros
+from tests.support import (
+    SPARSITY,
+    Classifier,
+    assert_compressed,
+    assert_equal,
+    ranks,
+    small_data,
+    small_network,
+    zeros,
+)
 
 # most of the data here has no validation part
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
-SPARSITY = 0.75
-RANKS = {"0": 2, "3": 2, "7": 2, "9": 2}
 
 
 def stack(at=None, **arguments):
@@ -36,13 +42,6 @@ def distilled(kind=small_network, **arguments):
     if not isinstance(student, L.LightningModule):
         arguments["optimizer"] = partial(torch.optim.Adam, lr=0.01)
     return DistillationModule(student, small_network(), **arguments)
-
-
-def assert_compressed(network, expected=None):
-    """Exactly the ranks and, in each weight, the number of zeros that were asked for."""
-    assert ranks(network) == (expected or RANKS)
-    for name, count in zeros(network).items():
-        assert count == round(SPARSITY * network.get_parameter(name).numel()), name
 
 
 class Watch(L.Callback):
@@ -171,7 +170,7 @@ def test_one_trainer_twice(make_trainer):
     trainer.fit(module, small_data(), small_data(8))
     state = {name: value.clone() for name, value in module.state_dict().items()}
     trainer.fit(module, small_data(), small_data(8))  # no epoch is left
-    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert_equal(module, state)
     trainer.fit_loop.max_epochs = 4
     trainer.fit(module, small_data(), small_data(8))
     assert trainer.global_step == 24
