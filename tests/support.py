@@ -121,6 +121,16 @@ class Endless(IterableDataset[tuple[Tensor, Tensor]]):
             yield torch.randn(3, 8, 8), torch.tensor(0)
 
 
+class Save(L.Callback):
+    """Saves at the end of every epoch, by the step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
 class Gan(Classifier):
     """Two optimizers, one of them of a critic, under manual optimization."""
 

@@ -10,13 +10,18 @@ from torch import nn
 
 import slimnets
 from slimnets import DistillationModule, GradualPrune, LowRank, factorize, merge
-from slimnets.lowrank import LowRankPair
-from tests.support import Classifier, assert_equal, small_data, small_network
+from tests.support import (
+    SPARSITY,
+    Classifier,
+    assert_compressed,
+    assert_equal,
+    small_data,
+    small_network,
+)
 
 # Dynamo looks at it while it traces what is around the student
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
-SPARSITY = 0.75
 LAST = torch.channels_last
 
 
@@ -37,14 +42,6 @@ def fit(make_trainer, module, at=None, **arguments):
     trainer = make_trainer(max_epochs=2, callbacks=stack(at), **arguments)
     trainer.fit(module, small_data(), small_data(8))
     return trainer
-
-
-def assert_compressed(network):
-    pairs = [m for m in network.modules() if isinstance(m, LowRankPair)]
-    assert [pair.rank for pair in pairs] == [2] * 4
-    for name, weight in network.named_parameters():
-        if weight.ndim > 1:
-            assert int((weight == 0).sum()) == round(SPARSITY * weight.numel()), name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from slimnets import ExactResume, GradualPrune, LowRank
 from slimnets.resume import last_checkpoint
-from tests.support import Classifier, small_data, small_network
+from tests.support import Classifier, assert_equal, small_data, small_network
 
 pytestmark = [  # a resumed run writes elsewhere here, and not always checkpoints
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
@@ -59,8 +59,7 @@ def test_a_run_resumed_from_an_epoch_continues_bit_for_bit(make_trainer, tmp_pat
     again, resumed = fit(
         make_trainer, tmp_path / "again", ckpt_path=tmp_path / f"whole/epoch={epoch}.ckpt"
     )
-    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    assert_equal(again, whole)
     optimizers = trainer.optimizers[0].state_dict(), resumed.optimizers[0].state_dict()
     for a, b in zip(*(o["state"].values() for o in optimizers), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)

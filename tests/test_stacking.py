@@ -15,7 +15,7 @@ from torch import nn
 import slimnets
 from slimnets import DistillationModule, ExactResume, GradualPrune, LowRank
 from slimnets.pruning import random
-from tests.support import Classifier, assert_equal, assert_sparse, small_data, small_network
+from tests.support import Classifier, Save, assert_equal, assert_sparse, small_data, small_network
 
 pytestmark = [  # a resumed run writes elsewhere here, and not always checkpoints
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
@@ -261,12 +261,8 @@ def test_zeros_of_other_layers_stay_where_some_are_replaced_in_the_middle(make_t
 
 
 def test_a_resumed_run_that_is_too_short_says_so_at_its_start(make_trainer, tmp_path):
-    class Save(L.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
-
     def callbacks():
-        return [GradualPrune(0.75, end=1.0), LowRank(r=0.25, at=0.75), Save()]
+        return [GradualPrune(0.75, end=1.0), LowRank(r=0.25, at=0.75), Save(tmp_path)]
 
     fit(make_trainer, callbacks(), Classifier(), epochs=4)
     with warnings.catch_warnings(record=True) as said:

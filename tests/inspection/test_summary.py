@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slimnets.artifact.file import save
 from slimnets.distillation import DistillationModule
 from slimnets.inspection.summary import Summary, summarize
+from tests.support import assert_equal
 
 
 class Net(nn.Module):
@@ -91,7 +92,7 @@ def test_the_network_is_as_it_was(fails: bool) -> None:
             summarize(network, torch.ones(1, 3, 2, 2))
     else:
         summarize(network, IMAGES)
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert_equal(network, before)
     assert [module.training for module in network.modules()] == [True, True, True, False, True]
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in network.parameters())

@@ -17,24 +17,13 @@ from torch import nn
 from slimnets import ExactResume
 from slimnets.lowrank import LowRank, factorize
 from slimnets.trainer import averaged_networks
-from tests.support import Classifier, assert_equal, ranks, small_data, small_network
+from tests.support import Classifier, Save, assert_equal, ranks, small_data, small_network
 
 # checkpoints lie where the test wants them
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:Swapping scheduler"),
 ]
-
-
-class SaveAt(Callback):
-    """Saves after a number of optimizer steps."""
-
-    def __init__(self, path, step):
-        self.path, self.step = path, step
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def classifier(seed=0, optimizer=torch.optim.Adam, **arguments):
@@ -63,10 +52,9 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(
     make_trainer, tmp_path, arguments
 ):
     whole = classifier()
-    callbacks = [LowRank(**arguments), SaveAt(tmp_path / "x.ckpt", 12)]
-    run(make_trainer, whole, callbacks)
+    run(make_trainer, whole, [LowRank(**arguments), Save(tmp_path)])
     resumed = classifier(seed=1)  # other weights: energy= alone would give other ranks
-    run(make_trainer, resumed, [LowRank(**arguments)], ckpt_path=tmp_path / "x.ckpt")
+    run(make_trainer, resumed, [LowRank(**arguments)], ckpt_path=tmp_path / "12.ckpt")
     assert ranks(resumed)
     assert_equal(resumed, whole)
 
@@ -247,12 +235,12 @@ def test_a_run_with_averages_is_resumed(make_trainer, tmp_path, average, order):
         return [LowRank(energy=0.8), average()][::order]
 
     whole, look = without_norm(), Look()
-    run(make_trainer, whole, [*callbacks(), SaveAt(tmp_path / "x.ckpt", 18), look])
+    run(make_trainer, whole, [*callbacks(), Save(tmp_path), look])
     resumed, again = without_norm(), Look()
     with torch.no_grad():
         for parameter in resumed.parameters():  # other weights, other ranks before the restore
             parameter.add_(torch.randn_like(parameter))
-    run(make_trainer, resumed, [*callbacks(), again], ckpt_path=tmp_path / "x.ckpt")
+    run(make_trainer, resumed, [*callbacks(), again], ckpt_path=tmp_path / "18.ckpt")
     assert again.found == look.found == [ranks(resumed)]
     for name, value in look.average.items():
         assert torch.equal(again.average[name], value), name

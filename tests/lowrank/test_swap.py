@@ -25,6 +25,7 @@ from tests.support import (
     Classifier,
     Endless,
     Gan,
+    Save,
     assert_equal,
     ranks,
     small_data,
@@ -52,16 +53,6 @@ def run(make_trainer, module, callbacks, epochs=3, ckpt_path=None, **arguments):
         module, small_data(shuffle=True), small_data(8), ckpt_path=ckpt_path, weights_only=False
     )
     return trainer
-
-
-class Save(Callback):
-    """Saves at the end of every epoch, by the step."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
 class Record(Callback):

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -208,4 +209,6 @@ def test_scopes():
 
 
 def test_numpy_numbers_are_numbers():
-    check_sparsity(torch.tensor(0.5).numpy().item())
+    check_sparsity(np.float32(0.5))
+    with pytest.raises(ValueError, match=r"did you mean 0\.9"):
+        check_sparsity(np.int64(90))
