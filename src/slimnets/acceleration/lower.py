@@ -203,12 +203,9 @@ def _concat(node: fx.Node) -> Known | None:
 
 
 def _clamped(source: fx.Node, low: float = -INFINITY, high: float = INFINITY) -> Known | None:
-    form = form_of(source)
-    return (
-        ([source], lambda sources, target: Clamp(sources, target, low, high), form)
-        if form
-        else None
-    )
+    if form := form_of(source):
+        return [source], lambda sources, target: Clamp(sources, target, low, high), form
+    return None
 
 
 def _flatten(source: fx.Node) -> Known | None:

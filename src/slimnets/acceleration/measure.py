@@ -28,6 +28,6 @@ def shortest_times(
 
 
 def fastest(times: Mapping[str, float], least_gain: float) -> str:
-    """The call that took the shortest time; the first, if that is not ``least_gain`` as fast."""
+    """The shortest call; the first, where no other is ``least_gain`` times as fast as that."""
     first, best = next(iter(times)), min(times, key=times.__getitem__)
     return best if times[best] * least_gain <= times[first] else first
