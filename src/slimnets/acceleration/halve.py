@@ -10,8 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-FLOAT = ir.FloatType()
-I32 = ir.IntType(32)
+from slimnets.acceleration.memory import FLOAT, I32, clamp, splat
 
 
 def halve_kernel(width: int) -> Any:
@@ -43,18 +42,9 @@ def halve_kernel(width: int) -> Any:
                 lanes = ir.Constant(ir.VectorType(I32, width), list(range(first, 2 * width, 2)))
                 return b.shuffle_vector(value, ir.Constant(wide, ir.Undefined), lanes)
 
-            def splat(scalar: Any) -> Any:
-                undefined = ir.Constant(vector, ir.Undefined)
-                lanes = ir.Constant(ir.VectorType(I32, width), [0] * width)
-                return b.shuffle_vector(
-                    b.insert_element(undefined, scalar, I32(0)), undefined, lanes
-                )
-
             rows = largest(load(upper), load(lower))
             value = largest(every_second(rows, 0), every_second(rows, 1))
-            low, high = splat(lo), splat(hi)
-            value = b.select(b.fcmp_ordered("<", value, low), low, value)
-            value = b.select(b.fcmp_ordered(">", value, high), high, value)
+            value = clamp(b, value, splat(b, lo, width), splat(b, hi, width))
             b.store(value, b.inttoptr(y, vector.as_pointer())).align = 4
             return context.get_dummy_value()
 

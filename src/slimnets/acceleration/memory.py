@@ -1,4 +1,4 @@
-"""Memory and barriers for compiled code: addresses are bytes, indices count elements."""
+"""Memory, vectors and barriers for compiled code: addresses are bytes, indices count elements."""
 
 # mypy: ignore-errors
 # Numba gives these functions their types
@@ -10,17 +10,28 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+FLOAT, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+
 
 @intrinsic
 def load(typing, address, index):
     """The float number ``index`` at ``address``."""
-    return types.float32(types.int64, types.int64), _memory(ir.FloatType(), store=False)
+
+    def codegen(context, builder, signature, args):
+        return builder.load(_element(builder, FLOAT, *args))
+
+    return types.float32(types.int64, types.int64), codegen
 
 
 @intrinsic
 def store(typing, address, index, value):
     """Write the float number ``index`` at ``address``."""
-    return types.void(types.int64, types.int64, types.float32), _memory(ir.FloatType(), store=True)
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], _element(builder, FLOAT, *args[:2]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), codegen
 
 
 @intrinsic
@@ -28,21 +39,27 @@ def load_int(typing, address, index):
     """The 32-bit integer number ``index`` at ``address``."""
 
     def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(32).as_pointer())
-        return builder.sext(builder.load(builder.gep(pointer, [args[1]])), ir.IntType(64))
+        return builder.sext(builder.load(_element(builder, I32, *args)), I64)
 
     return types.int64(types.int64, types.int64), codegen
 
 
-def _memory(kind: ir.Type, store: bool) -> Any:
-    def codegen(context, builder, signature, args):
-        pointer = builder.gep(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
-        if not store:
-            return builder.load(pointer)
-        builder.store(args[2], pointer)
-        return context.get_dummy_value()
+def _element(builder: ir.IRBuilder, kind: ir.Type, address: Any, index: Any) -> Any:
+    return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index])
 
-    return codegen
+
+def splat(builder: ir.IRBuilder, scalar: Any, width: int) -> Any:
+    """A vector of ``width`` times the float ``scalar``."""
+    undefined = ir.Constant(ir.VectorType(FLOAT, width), ir.Undefined)
+    one = builder.insert_element(undefined, scalar, I32(0))
+    lanes = ir.Constant(ir.VectorType(I32, width), [0] * width)
+    return builder.shuffle_vector(one, undefined, lanes)
+
+
+def clamp(builder: ir.IRBuilder, value: Any, low: Any, high: Any) -> Any:
+    """``value`` within ``low..high``, compared so that a NaN is kept, as torch.clamp does."""
+    value = builder.select(builder.fcmp_ordered("<", value, low), low, value)
+    return builder.select(builder.fcmp_ordered(">", value, high), high, value)
 
 
 @intrinsic
@@ -50,9 +67,8 @@ def arrive(typing, address):
     """Add one to a barrier."""
 
     def codegen(context, builder, signature, args):
-        i64 = ir.IntType(64)
-        pointer = builder.inttoptr(args[0], i64.as_pointer())
-        return builder.atomic_rmw("add", pointer, i64(1), "seq_cst")
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, I64(1), "seq_cst")
 
     return types.int64(types.int64), codegen
 
@@ -62,7 +78,7 @@ def arrived(typing, address):
     """How many have arrived at a barrier."""
 
     def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
         return builder.load_atomic(pointer, "acquire", 8)
 
     return types.int64(types.int64), codegen

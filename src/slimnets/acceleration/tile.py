@@ -10,9 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-FLOAT = ir.FloatType()
-I32 = ir.IntType(32)
-I64 = ir.IntType(64)
+from slimnets.acceleration.memory import FLOAT, I32, I64, clamp, splat
 
 # not "fast": nnan and ninf would make NaN and infinities in the input undefined
 CONTRACT = ("contract",)
@@ -147,10 +145,7 @@ class _Tile:
         b.branch(done)
         b.position_at_end(last)
         low, high = self._splat(lo), self._splat(hi)
-        clamped = []
-        for total in sums:  # compared so that a NaN is kept, as torch.clamp does
-            raised = b.select(b.fcmp_ordered("<", total, low), low, total)
-            clamped.append(b.select(b.fcmp_ordered(">", raised, high), high, raised))
+        clamped = [clamp(b, total, low, high) for total in sums]
         b.cbranch(b.icmp_unsigned("!=", mask, I64(0)), masked, store)
         b.position_at_end(masked)
         kept = []
@@ -172,9 +167,7 @@ class _Tile:
         return phi
 
     def _splat(self, scalar: Any) -> Any:
-        undefined = ir.Constant(self.vector, ir.Undefined)
-        one = self.b.insert_element(undefined, scalar, I32(0))
-        return self.b.shuffle_vector(one, undefined, ir.Constant(self.ints, [0] * self.width))
+        return splat(self.b, scalar, self.width)
 
     def _at(self, address: Any, offset: Any) -> Any:
         offset = I64(offset) if isinstance(offset, int) else offset
