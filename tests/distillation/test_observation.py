@@ -258,6 +258,27 @@ def test_agreement_on_tokens_is_that_of_their_classes(make_trainer) -> None:
     assert logged["val/student_accuracy"] == pytest.approx((answers[0] == tags).float().mean())
 
 
+@pytest.mark.parametrize("loss", [None, logit_regression])
+def test_a_step_waits_for_no_value(loss) -> None:
+    """Which a GPU would be waited for; there are none on the meta device."""
+    with torch.device("meta"):
+        module = DistillationModule(small_network(), small_network(), loss=loss)
+        batch = torch.randn(8, 3, 8, 8), torch.zeros(8, dtype=torch.long)
+    assert module.training_step(batch, 0).requires_grad
+
+
+def test_what_the_loss_ignores_is_in_no_accuracy(make_trainer) -> None:
+    student, teacher = (nn.Conv2d(3, 5, 1) for _ in range(2))
+    images, labels = torch.randn(4, 3, 6, 6), torch.randint(5, (4, 6, 6))
+    labels[:, :3] = -100
+    trainer = make_trainer()
+    module = DistillationModule(student, teacher)
+    trainer.validate(module, DataLoader(TensorDataset(images, labels), 4), verbose=False)
+    right = student(images).argmax(1)[:, 3:] == labels[:, 3:]
+    logged = trainer.callback_metrics["val/student_accuracy"]
+    assert logged == pytest.approx(right.float().mean().item())
+
+
 def test_a_single_logit_is_no_class(make_trainer) -> None:
     class Binary(Classifier):
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
