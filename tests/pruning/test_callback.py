@@ -113,6 +113,29 @@ def test_clipping_sees_the_norm_of_the_live_weights_only(make_trainer):
     assert not any(norms)
 
 
+def test_manual_optimization_clips_by_the_norm_of_the_live_weights_only(make_trainer):
+    norms = []
+
+    class Clips(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            for name, mask in prune.masks.items():
+                norms.append(float(self.get_parameter(name).grad[~mask].abs().sum()))
+            self.clip_gradients(optimizer, 1.0, "norm")
+            optimizer.step()
+
+    prune = GradualPrune(0.9, begin=0, end=3, every=1)
+    run(make_trainer, prune, Clips(), epochs=1)
+    assert len(norms) == 6 * 4
+    assert not any(norms)
+
+
 @pytest.mark.parametrize("batches", [1, 2, 3, 5, 12])
 @pytest.mark.parametrize("accumulate", [1, 2, 5])
 @pytest.mark.parametrize("span", [{}, {"end": 1.0}, {"begin": 0.5, "every": 0.3}])

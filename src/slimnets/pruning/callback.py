@@ -190,6 +190,11 @@ class GradualPrune(L.Callback):
         """Follow optimizers that were made anew in the middle of the run."""
         self._clock.follow(trainer.optimizers, partial(self._after_step, trainer))
 
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Mask the gradients that a step of manual optimization clips itself."""
+        if self._pruner is not None and not pl_module.automatic_optimization:
+            self._pruner.mask_gradients()
+
     @untraced
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
