@@ -674,6 +674,21 @@ def test_channels_last(make_trainer):
     assert zeros(module) == expected(module, 0.9)
 
 
+def test_the_sparsity_is_logged_without_waiting_for_the_device(make_trainer):
+    logged = []
+
+    class Spied(Classifier):
+        def log(self, name, value, **arguments):
+            logged.append((name, value))
+            super().log(name, value, **arguments)
+
+    run(make_trainer, GradualPrune(0.9), Spied(), epochs=1)
+    values = [value for name, value in logged if name == "sparsity"]
+    assert len(values) == 6
+    # of a number, Lightning would make a tensor on the GPU, whose queue has to be empty for that
+    assert all(isinstance(one, torch.Tensor) and one.device.type == "cpu" for one in values)
+
+
 def test_the_progress_bar_and_the_logger_see_the_sparsity(make_trainer, tmp_path):
     logger = CSVLogger(tmp_path)
     _, _, trainer = run(make_trainer, GradualPrune(0.9), logger=logger, log_every_n_steps=1)

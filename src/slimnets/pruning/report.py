@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from slimnets.layers import Selector, glob_matches, matches
 from slimnets.pruning.pruner import Pruner
@@ -20,10 +21,13 @@ def scalars(pruner: Pruner, due: Mapping[str, float]) -> dict[str, float]:
     return {"sparsity/target": target, **own, **thresholds}
 
 
-def overall(pruners: Sequence[Pruner]) -> float:
-    """The share of zeros among the weights of all ``pruners``."""
+def overall(pruners: Sequence[Pruner]) -> Tensor:
+    """The share of zeros among the weights of all ``pruners``, on the CPU.
+
+    Of a number, ``log`` makes a tensor on the device of the module, which waits for that device.
+    """
     zeros = sum(sum(pruner.counts.values()) for pruner in pruners)
-    return zeros / sum(pruner.total for pruner in pruners)
+    return torch.tensor(zeros / sum(pruner.total for pruner in pruners))
 
 
 def warn_at_start(
