@@ -35,6 +35,16 @@ class Noisy(Classifier):
         return super().training_step((batch[0] + noise, batch[1]), batch_idx)
 
 
+class Cycled(Noisy):
+    """Asks in ``configure_optimizers`` for the length of the run, and so for its loader."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        steps = self.trainer.estimated_stepping_batches
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps)
+        return [optimizer], [{"scheduler": cycle, "interval": "step"}]
+
+
 def callbacks(folder):
     return [
         GradualPrune(0.9, end=0.8),
@@ -93,7 +103,14 @@ class SaveAfterEveryBatch(L.Callback):
 
 
 def fit_from(
-    make_trainer, save, loader=StatefulDataLoader, validate=True, ckpt_path=None, more=None, **given
+    make_trainer,
+    save,
+    loader=StatefulDataLoader,
+    validate=True,
+    ckpt_path=None,
+    more=None,
+    kind=Noisy,
+    **given,
 ):
     """Two epochs of four batches.
 
@@ -101,7 +118,7 @@ def fit_from(
         What must be the same, and what was logged.
     """
     L.seed_everything(1 if ckpt_path is None else 2, verbose=False)
-    module, rows = Noisy(), Rows()
+    module, rows = kind(), Rows()
     arguments = {"max_epochs": 2, "logger": rows, "log_every_n_steps": 1, **given}
     prune = GradualPrune(0.9, begin=1, end=3, every=1)
     trainer = make_trainer(
@@ -144,6 +161,7 @@ def assert_goes_on_from_each(make_trainer, tmp_path, make_save, **arguments):
         {"accumulate_grad_batches": 3},
         {"more": GradientAccumulationScheduler({0: 1, 1: 3})},
         {"max_steps": 7, "max_epochs": -1},
+        {"kind": Cycled},
         {"accumulate_grad_batches": 3, "more": LowRank(4, at=2)},  # replaced before a step is due
     ],
 )
@@ -159,6 +177,7 @@ def test_a_run_resumed_from_any_batch_continues_bit_for_bit(make_trainer, tmp_pa
         {"save_on_train_epoch_end": False},  # at the end of validation
         {"max_steps": 7, "max_epochs": -1},
         {"max_steps": 7, "max_epochs": -1, "validate": False},
+        {"kind": Cycled},
     ],
 )
 def test_any_loader_goes_on_from_the_end_of_an_epoch(make_trainer, tmp_path, loader, arguments):

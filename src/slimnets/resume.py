@@ -109,6 +109,9 @@ class ExactResume(L.Callback):
                 f"the checkpoint is of {len(states)} processes and this run has "
                 f"{trainer.world_size}: resume with as many, or without ExactResume"
             )
+        # a loader whose length configure_optimizers has asked for has drawn its seed, and does not
+        # know its place: it is set up once more, when both are restored
+        trainer.fit_loop._combined_loader = None
         _set_random_state(states[trainer.global_rank])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
