@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics import Metric
 
 from slimnets.lowrank.modules import LowRankPair
 
@@ -82,6 +83,21 @@ class CalledModule(Classifier):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.module(x)
+
+
+class Perceptual(Metric):
+    """The distance that a network of its own sees between images, as LPIPS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = small_network()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, one: Tensor, two: Tensor) -> None:
+        self.total += (self.features(one) - self.features(two)).square().mean()
+
+    def compute(self) -> Tensor:
+        return self.total
 
 
 class Backbone(Classifier):

@@ -6,6 +6,7 @@ from typing import TypeAlias, TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
+from torchmetrics import Metric
 
 T = TypeVar("T")
 
@@ -156,6 +157,12 @@ def is_parametrized(layer: nn.Module, tensor: str = "weight") -> bool:
 def names_of(network: nn.Module, layer: nn.Module) -> list[str]:
     """Every name under which ``layer`` stands in ``network``; a shared layer has several."""
     return [name for name, other in network.named_modules(remove_duplicate=False) if other is layer]
+
+
+def inside_metrics(network: nn.Module) -> set[int]:
+    """Ids of the modules within metrics, such as LPIPS and FID: networks that measure others."""
+    metrics = [module for module in network.modules() if isinstance(module, Metric)]
+    return {id(inner) for metric in metrics for inner in metric.modules()}
 
 
 def computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from slimnets.lowrank import factorize, plan
+from tests.support import Perceptual
 
 
 class Everything(nn.Module):
@@ -187,6 +188,13 @@ def test_exclusion(exclude):
     assert planned.ranks == {"1": 2}
     assert planned.rows[0].reason == "excluded"
     assert planned.left == ()
+
+
+def test_networks_within_metrics_are_left():
+    network = nn.ModuleDict({"distance": Perceptual(), "head": nn.Linear(64, 64)})
+    found = plan(network, r=2)
+    assert found.ranks == {"head": 2}
+    assert {row.reason for row in found.left} == {"it is within a metric"}
 
 
 def test_a_pair_is_named_and_can_be_matched():

@@ -10,7 +10,7 @@ from slimnets.pruning.weights import (
     prunable_weights,
     target_sparsity,
 )
-from tests.support import small_network
+from tests.support import Perceptual, small_network
 
 
 def names(network, **arguments):
@@ -130,6 +130,14 @@ def test_recurrent_weights_that_are_computed_are_left_and_named():
     nn.utils.parametrizations.weight_norm(network["new"], "weight_hh_l0")
     assert names(network) == ["old.weight_ih_l0", "new.weight_ih_l0"]
     assert list(left_alone(network)) == ["old", "new"]
+
+
+@pytest.mark.parametrize("exclude", [(), "distance"])
+def test_networks_within_metrics_are_left(exclude):
+    network = nn.ModuleDict({"distance": Perceptual(), "head": nn.Linear(8, 8)})
+    network["distance"].tokens = nn.ParameterList([torch.ones(8, 8)])
+    assert names(network, exclude=exclude) == ["head.weight"]
+    assert left_alone(network) == {}
 
 
 def test_what_an_excluded_layer_shares_is_excluded_under_every_name():

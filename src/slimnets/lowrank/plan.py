@@ -12,7 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from slimnets.layers import Selector, Selectors, as_selectors, assign, compressed_network, without
+from slimnets.layers import (
+    Selector,
+    Selectors,
+    as_selectors,
+    assign,
+    compressed_network,
+    inside_metrics,
+    without,
+)
 from slimnets.lowrank.decompose import (
     Decomposition,
     as_matrix,
@@ -112,7 +120,11 @@ def plan(
     layers = named_layers(network)
     chosen = without(layers, selectors)
     ranks = assign(r, layers, "r")
-    holders, inside, beside = _holders(network), _inside_attention(network), _beside_tree(model)
+    holders, beside = _holders(network), _beside_tree(model)
+    inside = {
+        **dict.fromkeys(_inside_attention(network), "nn.MultiheadAttention reads its weight"),
+        **dict.fromkeys(inside_metrics(network), "it is within a metric"),
+    }
     rows = []
     for name, layer in layers.items():
         kind, weights = type(layer).__name__, _count(layer)
@@ -173,7 +185,7 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 def _reason_to_leave(
     layer: nn.Module,
     holders: Mapping[int, Mapping[str, nn.Module]],
-    inside: Collection[int],
+    inside: Mapping[int, str],
     beside: Mapping[int, str],
 ) -> str:
     if isinstance(layer, LowRankPair):
@@ -183,7 +195,7 @@ def _reason_to_leave(
     if not cast(Tensor, layer.weight).numel():
         return "it has no weights"
     if id(layer) in inside:
-        return "nn.MultiheadAttention reads its weight"
+        return inside[id(layer)]
     if id(layer) in beside:
         return f"it is also held in {beside[id(layer)]}, outside of the module tree"
     for parameter in layer.parameters():

@@ -9,7 +9,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from slimnets.layers import Selectors, as_selectors, assign, is_parametrized, without
+from slimnets.layers import (
+    Selectors,
+    as_selectors,
+    assign,
+    inside_metrics,
+    is_parametrized,
+    without,
+)
 
 Sparsity: TypeAlias = float | Mapping[str, float]
 Scope: TypeAlias = Literal["layer", "global"]
@@ -24,8 +31,8 @@ def prunable_weights(
     """The weights of convolutions, linear and recurrent layers and attention projections.
 
     Biases, norms and embeddings are never among them, nor weights that are computed from other
-    parameters (weight norm). A weight that several layers share is there once, and not at all if
-    one of them is excluded.
+    parameters (weight norm), nor those of networks within metrics (LPIPS). A weight that several
+    layers share is there once, and not at all if one of them is excluded.
 
     Args:
         network: The network whose layers' names the selectors see.
@@ -39,8 +46,9 @@ def prunable_weights(
         TypeError: If a selector is neither a glob, nor a layer type, nor a predicate.
         ValueError: If a selector chooses no layer, or a lazy layer has no weights yet.
     """
-    candidates = prunable_layers(network)
+    candidates, measuring = prunable_layers(network), inside_metrics(network)
     kept = without(candidates, as_selectors(exclude))
+    kept = {name: layer for name, layer in kept.items() if id(layer) not in measuring}
     out = {
         id(weights)
         for name, layer in candidates.items()
@@ -74,10 +82,12 @@ def left_alone(network: nn.Module) -> dict[str, str]:
 
     Where the type of the layer is not known, the name of its weight.
     """
-    embeddings = _of_embeddings(network)
+    embeddings, measuring = _of_embeddings(network), inside_metrics(network)
     known = {id(w) for layer in network.modules() for w in _weights_of(layer).values()} | embeddings
     reasons: dict[str, str] = {}
     for name, layer in network.named_modules():
+        if id(layer) in measuring:
+            continue
         if any(is_parametrized(layer, tensor) for tensor in _names_of(layer)):
             reasons[name] = "its weight is computed from other parameters"
         elif any(id(weights) in embeddings for weights in _weights_of(layer).values()):
