@@ -197,6 +197,16 @@ def test_a_layer_may_be_called_like_markup():
         assert part in text
 
 
+def test_in_a_notebook_and_where_colours_are_forced_a_report_is_the_same_text(monkeypatch):
+    report = Report(rows=[Row("conv", "Conv2d", 0.0, "PyTorch", 1.0, 1.0)])
+    plain = str(report)
+    assert "conv" in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert str(report) == plain
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(report) == plain
+
+
 class Serve(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -80,6 +80,18 @@ def test_both_forms_show_the_same() -> None:
     ]
 
 
+def test_in_a_notebook_and_where_colours_are_forced_it_is_the_same_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fields = ["name", "weights"]
+    plain = text(fields, [cells(CONVOLUTION, fields)], [], [])
+    assert "features.0" in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert text(fields, [cells(CONVOLUTION, fields)], [], []) == plain
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert text(fields, [cells(CONVOLUTION, fields)], [], []) == plain
+
+
 def test_names_are_no_markup() -> None:
     row = Row("blocks[red].0", ":smile:", 1, 1, 1)
     fields = ["name", "kind"]

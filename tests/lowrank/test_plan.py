@@ -205,6 +205,16 @@ def test_a_pair_is_named_and_can_be_matched():
     assert list(found) == ["0", "1"]
 
 
+def test_in_a_notebook_and_where_colours_are_forced_it_is_the_same_text(monkeypatch):
+    found = plan(nn.Sequential(nn.Linear(16, 16)), 2)
+    plain = str(found)
+    assert "Linear" in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert str(found) == plain
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(found) == plain
+
+
 def test_it_prints_as_a_table():
     text = str(plan(Everything(), 4))
     for word in ("conv1d", "left because", "2,304", "it is grouped (groups=16)"):

@@ -84,5 +84,6 @@ class Report:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=110).print(self)
+        # a notebook's console would show the table and write nothing
+        Console(file=text, width=110, force_terminal=False, force_jupyter=False).print(self)
         return text.getvalue()

@@ -62,8 +62,12 @@ def text(fields: Sequence[str], body: Sequence[Cells], feet: Sequence[Cells], no
     for row in feet:
         table.add_row(*row)
     out = StringIO()
-    # as wide as it needs to be, and no part of a layer's name read as markup
-    Console(file=out, width=10_000, markup=False, emoji=False).print(table)
+    # as wide as it needs to be, and no part of a layer's name read as markup; a notebook's console
+    # would show the table and write nothing
+    plain = Console(
+        file=out, width=10_000, force_terminal=False, force_jupyter=False, markup=False, emoji=False
+    )
+    plain.print(table)
     lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
     return "\n".join([*lines, *(f"  {note}" for note in notes)])
 

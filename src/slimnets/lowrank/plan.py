@@ -92,7 +92,11 @@ class Plan:
 
     def __str__(self) -> str:
         text = StringIO()  # a terminal would get colours, and names in brackets be read as markup
-        Console(file=text, width=120, markup=False).print(self)
+        # a notebook's console would show the table and write nothing
+        plain = Console(
+            file=text, width=120, force_terminal=False, force_jupyter=False, markup=False
+        )
+        plain.print(self)
         return text.getvalue().rstrip()
 
 
