@@ -223,6 +223,18 @@ def test_frozen_and_trained_parameters_stay_so(path: Path) -> None:
     assert all(one is other for one, other in zip(fresh.parameters(), parameters, strict=True))
 
 
+def test_negative_zeros_are_kept_and_warned_of(path: Path) -> None:
+    network = nn.Linear(100, 100)
+    network.weight.data *= torch.rand(100, 100) > 0.9
+    with pytest.warns(UserWarning, match=r"zeros are negative.*weight\.data\.add_\(0\.0\)"):
+        save(network, path)
+    assert_same(load(path, nn.Linear(100, 100)), network)
+    large = path.stat().st_size
+    network.weight.data.add_(0.0)
+    save(network, path)
+    assert path.stat().st_size < large / 2
+
+
 # Values that are not exact
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -16,6 +16,7 @@ from slimnets.layers import compressed_network, paths_in, replace
 from slimnets.lowrank.modules import restructure
 
 _COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
+_MANY = 0.01  # share of negative zeros that is worth a warning
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -25,7 +26,8 @@ def save(
     """Write the parameters and persistent buffers of ``model`` to one small file.
 
     Tensors with zeros are stored as positions and values where that is smaller, tied ones once.
-    The file is written beside ``path`` and renamed, so what was there survives any failure.
+    The file is written beside ``path`` and renamed, so what was there survives any failure. A
+    negative zero takes as much room as any value; many of them are warned of.
 
     Args:
         model: A network, a LightningModule or a DistillationModule (its student is saved);
@@ -63,6 +65,8 @@ def save(
     state = {plain_name(name): value for name, value in network.state_dict().items()}
     buffers = {plain_name(name) for name, _ in network.named_buffers(remove_duplicate=False)}
     write(path, pack(state, dtype, bits, transposed, buffers))
+    if dtype is None:  # others round them to plain ones
+        _warn_of_negative_zeros(path, state)
 
 
 def load(path: PathLike, model: nn.Module) -> nn.Module:
@@ -204,6 +208,17 @@ def _compare_ties(ties: Mapping[str, str], state: Mapping[str, torch.Tensor]) ->
 
 def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype == dtype or same_bits(tensor.to(dtype).to(tensor.dtype), tensor)
+
+
+def _warn_of_negative_zeros(path: PathLike, state: Mapping[str, torch.Tensor]) -> None:
+    floats = [t for t in state.values() if t.is_floating_point() and t.itemsize > 1]
+    negative = sum(int(((t == 0) & t.signbit()).sum()) for t in floats)
+    if negative > _MANY * sum(t.numel() for t in floats):
+        rank_zero_warn(
+            f"{path}: {negative:,} zeros are negative, as weights times a mask have them, and kept "
+            "bit for bit, each with the room of any value; for a smaller file, make them plain by "
+            "weight.data.add_(0.0), weight by weight, and save again"
+        )
 
 
 def _report(path: PathLike, rounded: Mapping[str, torch.dtype]) -> None:
