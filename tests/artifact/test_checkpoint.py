@@ -134,7 +134,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_nothing_is_executed_unless_one_asks_for_it(tmp_path: Path) -> None:
     source = tmp_path / "last.ckpt"
     torch.save({"state_dict": {"w": torch.ones(2)}, "hyper_parameters": Opaque()}, source)
-    with pytest.raises(ArtifactError, match="cannot be read"):
+    with pytest.raises(ArtifactError, match=r"torch\.load\(.*last.*weights_only=False.*Opaque"):
         convert_checkpoint(source, tmp_path / "net")
     convert_checkpoint(torch.load(source, weights_only=False), tmp_path / "net")
     assert set(inspect(tmp_path / "net").tensors) == {"w"}

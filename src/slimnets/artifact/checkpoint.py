@@ -1,5 +1,6 @@
 """A checkpoint of Lightning to one small file, without a Trainer."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,13 @@ def _loaded(path: PathLike) -> Mapping[str, Any]:
     except OSError:
         raise
     except Exception as error:  # of a damaged file, torch and pickle raise a dozen kinds
+        refused = [line.strip() for line in str(error).splitlines() if "Unsupported" in line]
+        if refused:
+            raise ArtifactError(
+                "cannot be read as a checkpoint without executing what is in it; if you trust it, "
+                f"pass torch.load({os.fspath(path)!r}, map_location='cpu', weights_only=False) in "
+                f"the place of its name ({refused[0]})"
+            ) from error
         raise ArtifactError(f"cannot be read as a checkpoint: {error}") from error
     if not isinstance(loaded, Mapping):
         raise ArtifactError(f"not a checkpoint of Lightning, but a {type(loaded).__name__}")
