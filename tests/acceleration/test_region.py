@@ -310,3 +310,10 @@ def test_the_mean_of_a_large_image_is_exact():
         for batch in (1, 2):
             x = torch.full((batch, 1, 600, 600), 0.7)
             torch.testing.assert_close(graph(x), network(x), rtol=1e-6, atol=0)
+
+
+def test_a_minus_that_is_still_to_be_taken():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 8, 8)
+    graph, _ = in_engine(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(torch._neg_view(x)), model(-x))

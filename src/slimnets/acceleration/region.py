@@ -187,7 +187,7 @@ class Region(nn.Module):
         plan, batch = self._plan(used)
         if plan is None or batch == 0:
             return self.fallback(*arguments)
-        tensors = [t.contiguous() for t in used]
+        tensors = [t.contiguous().resolve_neg() for t in used]  # their memory is read as it is
         lead = tensors[0].shape[:-1] if self.inputs[0].features else tensors[0].shape[:1]
         results = []
         for port, shape in zip(self.outputs, plan.outputs, strict=True):
