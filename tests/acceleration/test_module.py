@@ -29,7 +29,7 @@ def prune(network: nn.Module, sparsity: float) -> nn.Module:
             with torch.no_grad():
                 fan = layer.weight[0].numel()
                 nn.init.normal_(layer.weight, 0.0, (2.0 / fan / (1.0 - sparsity)) ** 0.5)
-                layer.weight.mul_(torch.rand_like(layer.weight) >= sparsity)
+                layer.weight.masked_fill_(torch.rand_like(layer.weight) < sparsity, 0.0)
         elif isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.running_mean, -0.2, 0.2)
             nn.init.uniform_(layer.running_var, 0.7, 1.5)
