@@ -22,16 +22,18 @@ sys.path += map(str, (EXAMPLES, EXAMPLES / "benchmarks"))
 import torch  # noqa: E402
 from measure import add_speed  # noqa: E402
 from networks import NETWORKS  # noqa: E402
-from runs import REFERENCE, TABLES, Run  # noqa: E402
+from runs import REFERENCE, TABLES, Run, needed  # noqa: E402
 from settings import FOLDER, Settings  # noqa: E402
 from train import result  # noqa: E402
 
 import slimnets  # noqa: E402
 
 
-def needed(run: Run) -> list[Run]:
-    """The run, after those that it goes on with or learns from."""
-    return [*(one for before in run.begins_with for one in needed(before)), run]
+def chosen(tables: list[str], globs: list[str]) -> list[Run]:
+    """What the tables need of this name, each after those that it goes on with or learns from."""
+    listed = [one for name in tables for run in TABLES[name] for one in needed(run)]
+    asked = [run for run in listed if any(fnmatch(run.name, glob) for glob in globs)]
+    return list(dict.fromkeys(one for run in asked for one in needed(run)))
 
 
 def train_all(queue: list[tuple[Run, int]], settings: Settings) -> None:
@@ -104,11 +106,9 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     names = list(TABLES) if "all" in options.tables else options.tables
-    listed = [run for name in names for run in TABLES[name]]
-    asked = [run for run in listed if any(fnmatch(run.name, glob) for glob in options.only)]
-    if not asked:
+    runs = chosen(names, options.only)
+    if not runs:
         parser.error(f"--only {' '.join(options.only)}: no run of {', '.join(names)} is called so")
-    runs = dict.fromkeys(one for run in asked for one in needed(run))
     queue = [(run, seed) for seed in range(options.seeds) for run in runs if run != REFERENCE]
     left = [one for one in queue if not settings.path(*one).exists()]
     print(f"{len(queue) - len(left)} of {len(queue)} runs are finished", flush=True)

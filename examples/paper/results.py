@@ -16,7 +16,7 @@ from pathlib import Path
 
 from figures import Figures, Results, accuracies, mean, measured, speed, timed_on
 from plots import plots
-from runs import BEST, REFERENCE, SMALL, TABLES, Run
+from runs import BEST, REFERENCE, SMALL, TABLES, Run, needed
 from settings import BATCHES, FOLDER, Settings
 from targets import targets
 
@@ -213,7 +213,9 @@ def head(results: Results) -> str:
 
 
 def commands(results: Results) -> str:
-    """What trains all that is shown, in order: runs that others go on with come first."""
+    """What trains all that is shown, in order: what others go on with or learn from comes first."""
+    everything = (one for runs in TABLES.values() for run in runs for one in needed(run))
+    stages = {run.name: len(needed(run)) for run in everything}
     groups: dict[str, list[Figures]] = {}
     for figures in results.found.values():
         if figures[0]["run"] != REFERENCE.name:
@@ -232,8 +234,7 @@ def commands(results: Results) -> str:
             if value != defaults.get(key) or (key == "reference_epochs" and settings["reference"])
         ]
         line = ["python examples/paper/reproduce.py all --only", *names, *given]
-        stages = max(name.count("-then-") for name in names)
-        lines.append((stages, " ".join(line)))
+        lines.append((max(stages.get(name, 0) for name in names), " ".join(line)))
     return "\n".join(f"    {line}" for _, line in sorted(lines))
 
 

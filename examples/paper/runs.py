@@ -86,6 +86,11 @@ class Run:
         return 0.03 if self.network in STUDENTS else 0.1
 
 
+def needed(run: Run) -> list[Run]:
+    """The run, after those that it goes on with or learns from."""
+    return [*(one for before in run.begins_with for one in needed(before)), run]
+
+
 REFERENCE = Run()
 """The dense VGG-19 that everything is compared with and taught by."""
 

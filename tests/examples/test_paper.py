@@ -151,12 +151,12 @@ def test_the_network_that_is_kept() -> None:
     torch.testing.assert_close(logits, torch.tensor(LOGITS), rtol=1e-3, atol=1e-3)
 
 
-def test_all_tables_name_networks_that_there_are() -> None:
+def test_all_tables_name_networks_that_there_are_and_runs_that_can_be_asked_for() -> None:
     program = """
 import reproduce
-for runs in reproduce.TABLES.values():
-    for run in runs:
-        print(*(f"{one.network}={one.name}" for one in reproduce.needed(run)), sep="\\n")
+for run in reproduce.chosen(list(reproduce.TABLES), ["*"]):
+    assert reproduce.chosen(list(reproduce.TABLES), [run.name])[-1] == run
+    print(f"{run.network}={run.name}")
 """
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -78,7 +78,8 @@ def test_the_page(tmp_path: Path) -> None:
     write(tmp_path, "vgg19", 0.9, epochs=33, speed=1)
     write(tmp_path, "vgg19-then-gradual75", 0.88, epochs=33.5, speed=3)
     write(tmp_path, "vgg19-then-gradual75global-distilled", 0.895, epochs=33.5, speed=3)
-    write(tmp_path, "resnet10-medium-gradualtapered-more-distilled3", 0.891, speed=20)
+    write(tmp_path, "resnet10-medium-gradualtapered-more-distilled3", 0.891, speed=20, answers=4)
+    write(tmp_path, "resnet10-small-gradualtapered-distilled", 0.88, answers=1)
     write(
         tmp_path,
         "vgg19-then-spatialpaper-distilled",
@@ -123,6 +124,7 @@ def test_the_page(tmp_path: Path) -> None:
         assert line in page
     commands = page[page.index("## Commands") :]
     assert commands.index("cnn-1k-distilled cnn-1k --") < commands.index("-then-")
+    assert commands.index("resnet10-small-") < commands.index("-more-distilled3")  # its teacher
     pictures = [line for line in page.splitlines() if line.startswith("![")]
     assert len(pictures) == 4
     for picture in pictures:
