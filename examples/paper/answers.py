@@ -4,6 +4,7 @@ On a CPU the reference's forward pass costs a hundred times what a small student
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -73,7 +74,7 @@ class AnsweredCIFAR10(CIFAR10):
         return plain, torch.stack(versions).mean(0)
 
     def _remembered(self, stem: Path, network: nn.Module, images: Callable[[], Tensor]) -> Tensor:
-        file, partial = stem.with_suffix(".pt"), stem.with_suffix(".partial")
+        file, partial = stem.with_suffix(".pt"), stem.with_suffix(f".{os.getpid()}.partial")
         if not file.exists():
             batches = images().split(250)
             fast = slimnets.accelerate(network.eval(), self.normalize(batches[0]))

@@ -1,6 +1,7 @@
 """How large, how accurate and how fast a trained network is."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -119,7 +120,7 @@ def accuracy(metrics: Mapping[str, Any]) -> float:
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:
-    """Write JSON, all of it or nothing."""
-    written = path.with_suffix(".partial")
+    """Write JSON, all of it or nothing, whatever other processes write there."""
+    written = path.with_suffix(f".{os.getpid()}.partial")
     written.write_text(json.dumps(figures, indent=1) + "\n")
     written.rename(path)

@@ -72,6 +72,41 @@ except ValueError as error:
     print(error)
 """
 
+TWO_PROCESSES = """
+import os, sys, time
+from pathlib import Path
+import torch
+import reproduce, answers, measure
+
+torch.manual_seed(0)
+child = os.fork()
+
+def meet(place):
+    Path(f"{place}-{'a' if child else 'b'}").touch()
+    for _ in range(1000):
+        if len(list(Path().glob(f"{place}-*"))) == 2:
+            return
+        time.sleep(0.01)
+    sys.exit("the other process does not come")
+
+def beside_the_other(write):
+    def call(*arguments, **options):
+        meet(f"{write.__name__}-begins")
+        result = write(*arguments, **options)
+        meet(f"{write.__name__}-ends")
+        return result
+    return call
+
+answers.slimnets.accelerate = lambda network, image: network
+torch.save, Path.write_text = map(beside_the_other, (torch.save, Path.write_text))
+data = answers.AnsweredCIFAR10(Path("answers"), 1, data_dir=sys.argv[1], held_out=40)
+data.setup("fit")
+data.ask([torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))])
+measure.write(Path("figures.json"), {"run": "cnn-1k"})
+if child and os.waitpid(child, 0)[1]:
+    sys.exit("the other process failed")
+"""
+
 
 def run(program: str, folder: Path, images: Path) -> str:
     done = subprocess.run(
@@ -100,6 +135,11 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, images: Path) ->
     assert interrupted["accuracies"] == straight["accuracies"]
     networks = [tmp_path / folder / f"{name}.safetensors" for folder in ("straight", "interrupted")]
     assert networks[0].read_bytes() == networks[1].read_bytes()
+
+
+def test_two_processes_may_write_the_same_at_once(tmp_path: Path, images: Path) -> None:
+    run(TWO_PROCESSES, tmp_path, images)
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"run": "cnn-1k"}
 
 
 @pytest.mark.nightly
