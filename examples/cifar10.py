@@ -95,17 +95,29 @@ def arguments() -> argparse.Namespace:
     add("--learning-rate", type=float, default=0.01)
     add("--precision", default="32-true", help="of the Trainer, for example bf16-mixed")
     add("--fast", action="store_true", help="a few batches only, to see that everything runs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rank is PAPER_RANKS and args.student != "vgg19":
+        parser.error(f"--rank paper: of vgg19's layers, not of {args.student}'s; --student vgg19")
+    return args
 
 
 def main() -> None:
     """Train a teacher unless there is one, compress the student, save, load, compare."""
     args = arguments()
+    methods: list[L.Callback] = []  # made at once: they refuse arguments, and a teacher takes long
+    if args.sparsity:
+        methods.append(GradualPrune(args.sparsity))
+    if args.rank:
+        methods.append(LowRank(r=args.rank))
     L.seed_everything(0)
     data = CIFAR10(args.data_dir, args.batch_size, args.held_out)
     epochs = 1 if args.fast else args.epochs
     optimizer = cosine(args.learning_rate, epochs)
-    settings: dict[str, Any] = {"precision": args.precision, "enable_model_summary": False}
+    settings: dict[str, Any] = {
+        "devices": 1,
+        "precision": args.precision,
+        "enable_model_summary": False,
+    }
     if args.fast:
         settings |= dict.fromkeys(("limit_train_batches", "limit_val_batches"), 4)
         settings |= {"limit_test_batches": 4, "log_every_n_steps": 1}
@@ -120,11 +132,6 @@ def main() -> None:
     module = DistillationModule(student, teacher, optimizer=optimizer, teacher_weights=args.teacher)
     if args.student == "vgg19":
         student.load_state_dict(teacher.state_dict())
-    methods: list[L.Callback] = []
-    if args.sparsity:
-        methods.append(GradualPrune(args.sparsity))
-    if args.rank:
-        methods.append(LowRank(r=args.rank))
     logger = TensorBoardLogger(FOLDER, name=f"{args.student}-compressed")
     trainer = L.Trainer(max_epochs=epochs, logger=logger, callbacks=methods, **settings)
     trainer.fit(module, data)

@@ -111,6 +111,20 @@ def test_cifar10_with_a_teachers_file(tmp_path: Path, images: Path) -> None:
     assert any(row.rank for row in slimnets.summarize(loaded).rows)
 
 
+def test_cifar10_refuses_arguments_before_it_trains_a_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with example("cifar10") as module:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(module.L.Trainer, "fit", lambda *_: pytest.fail("it trains"))
+        monkeypatch.setattr(sys, "argv", ["cifar10.py", "--sparsity", "90"])
+        with pytest.raises(ValueError, match="sparsity=90"):
+            module.main()
+        monkeypatch.setattr(sys, "argv", ["cifar10.py", "--rank", "paper"])
+        with pytest.raises(SystemExit):
+            module.main()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_cifar10_trains_a_teacher_itself(tmp_path: Path, images: Path) -> None:
