@@ -74,7 +74,7 @@ def main(epochs: int) -> None:
     L.seed_everything(0)
     torch.set_num_threads(1)  # more of them would only wait for each other on images this small
     data = Digits()
-    settings = {"log_every_n_steps": 5, "enable_model_summary": False}
+    settings = {"devices": 1, "log_every_n_steps": 5, "enable_model_summary": False}
 
     teacher = Classifier()
     logger = TensorBoardLogger(FOLDER, name="teacher", default_hp_metric=False)
@@ -91,7 +91,7 @@ def main(epochs: int) -> None:
     loaded = slimnets.load(FOLDER / "student.safetensors", Classifier())
     accelerated = slimnets.accelerate(loaded, loaded.example_input_array)
 
-    tester = L.Trainer(logger=False, enable_model_summary=False)
+    tester = L.Trainer(devices=1, logger=False, enable_model_summary=False)
     dense, compressed = (
         tester.test(network, data, verbose=False)[0]["test/accuracy"]
         for network in (teacher, loaded)

@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     data.prepare_data()
     data.setup("test")
     data.validation = data.test
-    tester = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
+    tester = L.Trainer(
+        devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
     accuracies = [
         tester.validate(Classifier(network), data, verbose=False)[0]["val/accuracy"]
         for network in (dense, compressed)
