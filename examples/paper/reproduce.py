@@ -100,6 +100,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.reference:
             parser.error("--reference: say by --reference-epochs how long it was trained")
         options.reference_epochs = 30
+    for name in ("epochs", "reference_epochs", "seeds", "batch_size"):
+        if (value := getattr(options, name)) <= 0:
+            parser.error(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
     settings = Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)})
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", ".*does not have many workers")

@@ -197,6 +197,10 @@ import reproduce
 for run in reproduce.chosen(list(reproduce.TABLES), ["*"]):
     assert reproduce.chosen(list(reproduce.TABLES), [run.name])[-1] == run
     print(f"{run.network}={run.name}")
+try:
+    reproduce.main(["students", "--epochs", "0"])
+except SystemExit as refused:
+    assert refused.code == 2
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
