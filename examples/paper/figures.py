@@ -32,7 +32,8 @@ class Results:
                 "with; run reproduce.py first"
             )
         everything = [one for figures in self.found.values() for one in figures]
-        _refuse_unequal(everything, ("images", "held_out", "reference", "reference_epochs"), "all")
+        keys = ("images", "held_out", "reference", "reference_epochs", "batches")
+        _refuse_unequal(everything, keys, "all")
         for name, figures in self.found.items():
             _refuse_unequal(figures, ("epochs", "learning_rate", "answers", "batch_size"), name)
         self.settings: dict[str, Any] = everything[0]["settings"]

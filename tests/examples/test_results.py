@@ -135,6 +135,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     unlike: list[tuple[str, dict[str, Any], str]] = [
         ("snn-1k", {"images": "ba98"}, "figures of all with unequal images"),
         ("snn-1k", {"reference_epochs": 200}, "figures of all with unequal reference_epochs"),
+        ("snn-1k", {"batches": 2}, "figures of all with unequal batches"),
         ("cnn-1k", {"batch_size": 64}, "figures of cnn-1k with unequal batch_size"),
         ("cnn-1k", {"learning_rate": 0.5}, "figures of cnn-1k with unequal learning_rate"),
     ]
