@@ -23,8 +23,8 @@ class Settings:
         reference_epochs: Of the reference.
         reference: A file of its weights, so that it is not trained.
         held_out: Training images to measure accuracy on; 0 for the test images.
-        answers: Augmentations of each image whose answers by the reference are averaged, once; 0 to
-            ask it at every step.
+        answers: Augmentations of each image that teachers are asked about once, to learn from the
+            mean of their answers; 0 to ask them at every step.
         learning_rate: The largest of the cycle; None for that of each run.
         batches: A limit for each epoch, for tests.
     """
