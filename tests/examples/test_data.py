@@ -1,5 +1,6 @@
 """The data modules give what they say, and only training is augmented."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,24 @@ def test_cifar10_from_a_folder_of_images(image_folder: Path) -> None:
     images, labels = next(iter(data.train_dataloader()))
     assert images.shape == (8, 3, 32, 32)
     assert labels.shape == (8,)
+
+
+def test_cifar10_as_torchvision_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+    for number, name in enumerate((*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")):
+        two = slice(2 * number, 2 * number + 2)
+        batch = {"data": pixels[two].reshape(2, -1), "labels": [number, 9 - number]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    data = CIFAR10(tmp_path, held_out=0)
+    data.prepare_data()
+    data.setup("fit")
+    assert np.array_equal(data.test.images, pixels[10:])
+    assert data.test.labels.tolist() == [5, 4]
+    assert sorted(data.train.labels.tolist()) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_without_held_out_images_nothing_is_validated(image_folder: Path) -> None:
