@@ -138,8 +138,8 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
         kinds: dict[str, dict[str, Any]] = {
             "gradual": {},
             "gradual, all weights together": {"scope": "global"},
-            "gradual, all weights together, taught": {"scope": "global", "distilled": True},
-            "gradual, all weights together, taught by three": {
+            "gradual, all weights together, distilled": {"scope": "global", "distilled": True},
+            "gradual, all weights together, distilled from three": {
                 "scope": "global",
                 "distilled": True,
                 "beside": BESIDE,
@@ -161,8 +161,8 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
         }
         if network == REFERENCE:
             curves["spatial, the paper's ranks"] = [factorized("paper")]
-            curves["spatial, the paper's ranks, taught"] = [factorized("paper", distilled=True)]
-            curves["spatial, the paper's ranks, taught by three"] = [
+            curves["spatial, the paper's ranks, distilled"] = [factorized("paper", distilled=True)]
+            curves["spatial, the paper's ranks, distilled from three"] = [
                 factorized("paper", distilled=True, beside=BESIDE)
             ]
         draw(

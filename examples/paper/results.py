@@ -132,6 +132,7 @@ def page(results: Results, pictures: dict[str, str], options: argparse.Namespace
     parts = [
         head(results),
         "## Where the targets stand",
+        TARGETS_HERE,
         targets(results),
         "## The network that is kept",
         KEPT_HERE,
@@ -145,7 +146,7 @@ def page(results: Results, pictures: dict[str, str], options: argparse.Namespace
     given = f"--folder FOLDER --data {json.dumps(options.data)}"
     parts += [
         "## Commands",
-        "All was trained by these, each with `--folder FOLDER --data-dir DIR`:",
+        "These train everything, in this order, each with `--folder FOLDER --data-dir DIR`:",
         commands(results),
         f"and this page written by `python examples/paper/results.py {given}`.",
     ]
@@ -158,30 +159,36 @@ SlimNets (arXiv 1808.00496) compresses VGG-19 on CIFAR-10 by gradual pruning, lo
 distillation, and by all of them together. This page repeats its experiments with slimnets, as far
 as they have been trained. Images: {data}."""
 
-HEAD = """**The reference, `vgg19`, has {reference:.2%} of {measured_on} right after {epochs:g}
-epochs, one seed; the paper's had 92.4 %.** A weak reference flatters whatever is compared with it.
-All is relative to it, and it teaches whatever is distilled{answers}.
+HEAD = """**The reference, `vgg19`, classifies {reference:.2%} of {measured_on} correctly, after
+{epochs:g} epochs with one seed; the paper's had 92.4 %.** A weak reference flatters whatever is
+compared with it. Everything is relative to it, and it teaches the runs that are called
+`distilled`{answers}.
 
 - `A-then-B` is the trained network A, changed by B and trained on. `gradual75` and `oneshot75`:
   75 % zeros, reached gradually or at the first step. `spatial0.3`, `channel0.3`: layers replaced
   by low-rank pairs of 0.3 of their full rank; `spatialpaper`: of the paper's ranks.
-  `gradual75global`: of all weights together. `gradualtapered`: fewer zeros in early layers
-  (`TAPERED` in `examples/paper/runs.py`). `distilled3`: by the reference and two more (`beside`
-  there).
+  `gradual75global`: 75 % of all weights together, not of each layer. `gradualtapered`: fewer zeros
+  in early layers (`TAPERED` in `examples/paper/runs.py`). `distilled3`: taught by the reference and
+  two more networks (`BESIDE` there).
 - `accuracy` is that after the last epoch, mean ± standard deviation over seeds, in per cent;
-  `of dense` is its share of the reference's. `epochs` are all that the weights have seen; those
-  marked with * are more than the reference has seen; `vgg19-then-dense` is the reference trained
-  on in the same way.
+  `of dense` is its share of the reference's. `epochs` include those of the network that a run goes
+  on with; where they are more than the reference's, they are marked with *. `vgg19-then-dense` is
+  the reference trained on in the same way, without compression. A `-` was not measured.
 - `bytes` are those of the file of `slimnets.save`, and how many times smaller it is than the dense
-  network's of `torch.save` ({dense_bytes:,} bytes); `int8` is `dtype=torch.int8`, `int6` that with
-  `bits=6` and batch norm's statistics taken anew, of 10,000 training images, after rounding.
-- `speed`: how many times as fast the network of the smallest file that was measured runs through
-  `slimnets.accelerate` as the dense network in eager PyTorch; medians of passes that took turns,
-  on one thread{machine}.
+  network's of `torch.save` ({dense_bytes:,} bytes). `int8` is saved with `dtype=torch.int8`; `int6`
+  with `bits=6` besides, and with batch norm's statistics taken anew, from 10,000 training images,
+  after rounding.
+- `speed`: how many times as fast as the dense network in eager PyTorch the network of a run's
+  smallest file is, when it runs through `slimnets.accelerate`; the median of passes that took
+  turns, on one thread{machine}.
   The row `vgg19` is the dense network through `accelerate`.{elsewhere}
 - MACs are the multiplications for one image; effective ones are those by weights that are not zero.
 - Learning rates of `cnn-1k` and `snn-1k` were compared on 5,000 held-out training images
   (`examples/paper/runs.py`); other settings are the paper's or guesses."""
+
+TARGETS_HERE = """Points are those of accuracy in per cent, above or below the reference's; of a
+student, above or below the student alone. Its spread is the larger of the standard deviations over
+seeds, alone and distilled."""
 
 KEPT_HERE = f"""`examples/paper/{BEST.network}.safetensors` is the int6 file of
 `{BEST.name}`, seed 0;
