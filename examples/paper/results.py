@@ -185,7 +185,7 @@ compared with it. Everything is relative to it, and it teaches the runs that are
 - MACs are the multiplications for one image; effective ones are those by weights that are not zero.
 - Learning rates of `cnn-1k` and `snn-1k` were compared on 5,000 held-out training images
   (`examples/paper/runs.py`); other settings are the paper's or guesses. Nothing of a run was chosen
-  by its own test accuracy, but what to train next was decided when that of earlier runs was known."""
+  by its own test accuracy, but what to train next was decided knowing that of earlier runs."""
 
 TARGETS_HERE = """Points are those of accuracy in per cent, above or below the reference's; of a
 student, above or below the student alone. Its spread is the larger of the standard deviations over
