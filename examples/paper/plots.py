@@ -80,7 +80,7 @@ def plot_bytes(results: Results, path: Path) -> int:
 
 def plot_lines(path: Path, label: str, lines: Lines, log: bool) -> None:
     """Accuracy relative to the dense network along ``lines`` of (x, accuracy)."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4.8), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
         if points:
@@ -96,7 +96,7 @@ def plot_lines(path: Path, label: str, lines: Lines, log: bool) -> None:
     axes.set(xlabel=label, ylabel=LABEL)
     if log:
         axes.set_xscale("log")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
