@@ -25,8 +25,8 @@ HEAD = """# Benchmarks
 
 Made by `python examples/benchmarks/page.py` of the figures in [{folder}/]({folder}), which the
 commands below write (`pip install ".[benchmarks]"`). Times are ratios of what was measured in
-turn, in one run. The speeds are of the version before pooling of single images was vectorised, and
-before a call of an accelerated network took half as much Python: at batch 1 they are too low.
+turn, in one run. The sections on the file and on training were measured with an earlier state of
+the code than the others; each ends with the machine and the versions that it was measured with.
 """
 
 FILE = """## The file
