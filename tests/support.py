@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -207,3 +208,13 @@ def assert_equal(one: nn.Module, two: nn.Module | Mapping[str, Tensor]) -> None:
     assert list(found) == list(expected)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def same_text_everywhere(show: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What ``show`` gives, which colours that are forced and a notebook do not change."""
+    plain = show()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert show() == plain
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert show() == plain
+    return plain

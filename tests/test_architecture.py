@@ -12,15 +12,16 @@ SOURCE = Path(slimnets.__file__).parent
 # what a room may know of besides itself; the public names of the package know everything
 MAY_KNOW: dict[str, set[str]] = {
     "layers": set(),
+    "text": set(),
     "trainer": {"layers"},
     "resume": {"trainer"},
     "gate": {"trainer"},
     "pruning": {"layers", "trainer", "inspection"},
-    "lowrank": {"layers", "trainer", "inspection"},
+    "lowrank": {"layers", "trainer", "inspection", "text"},
     "distillation": {"lowrank.follow"},
     "artifact": {"layers", "lowrank.modules"},
-    "inspection": {"layers", "trainer", "lowrank.modules", "artifact"},
-    "acceleration": {"layers", "lowrank.modules", "lowrank.factorize"},
+    "inspection": {"layers", "trainer", "lowrank.modules", "artifact", "text"},
+    "acceleration": {"layers", "lowrank.modules", "lowrank.factorize", "text"},
 }
 
 

@@ -16,6 +16,7 @@ from slimnets.acceleration.module import Accelerated, accelerate
 from slimnets.acceleration.prepare import graph_of
 from slimnets.acceleration.report import Report, Row
 from slimnets.acceleration.trace import is_plain, trace
+from tests.support import same_text_everywhere
 
 
 class Net(nn.Module):
@@ -199,12 +200,7 @@ def test_a_layer_may_be_called_like_markup():
 
 def test_in_a_notebook_and_where_colours_are_forced_a_report_is_the_same_text(monkeypatch):
     report = Report(rows=[Row("conv", "Conv2d", 0.0, "PyTorch", 1.0, 1.0)])
-    plain = str(report)
-    assert "conv" in plain
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    assert str(report) == plain
-    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    assert str(report) == plain
+    assert "conv" in same_text_everywhere(lambda: str(report), monkeypatch)
 
 
 class Serve(nn.Module):

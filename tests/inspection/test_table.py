@@ -4,6 +4,7 @@ import pytest
 
 from slimnets.inspection.rows import Row
 from slimnets.inspection.table import cells, columns, folded, markdown, scaled, text, times
+from tests.support import same_text_everywhere
 
 CONVOLUTION = Row("features.0", "Conv2d", 1200, 120, 3456)
 NORMS = [Row("features.1", "BatchNorm2d", bytes=10), Row("features.4", "LayerNorm", bytes=20)]
@@ -84,12 +85,10 @@ def test_in_a_notebook_and_where_colours_are_forced_it_is_the_same_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fields = ["name", "weights"]
-    plain = text(fields, [cells(CONVOLUTION, fields)], [], [])
-    assert "features.0" in plain
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    assert text(fields, [cells(CONVOLUTION, fields)], [], []) == plain
-    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    assert text(fields, [cells(CONVOLUTION, fields)], [], []) == plain
+    shown = same_text_everywhere(
+        lambda: text(fields, [cells(CONVOLUTION, fields)], [], []), monkeypatch
+    )
+    assert "features.0" in shown
 
 
 def test_names_are_no_markup() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from slimnets.lowrank import factorize, plan
-from tests.support import Perceptual
+from tests.support import Perceptual, same_text_everywhere
 
 
 class Everything(nn.Module):
@@ -207,12 +207,7 @@ def test_a_pair_is_named_and_can_be_matched():
 
 def test_in_a_notebook_and_where_colours_are_forced_it_is_the_same_text(monkeypatch):
     found = plan(nn.Sequential(nn.Linear(16, 16)), 2)
-    plain = str(found)
-    assert "Linear" in plain
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    assert str(found) == plain
-    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    assert str(found) == plain
+    assert "Linear" in same_text_everywhere(lambda: str(found), monkeypatch)
 
 
 def test_it_prints_as_a_table():

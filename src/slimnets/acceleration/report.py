@@ -1,12 +1,12 @@
 """What was chosen for each layer, and what it gained."""
 
-import io
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from slimnets.text import as_text
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,4 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        # a notebook's console would show the table and write nothing
-        Console(file=text, width=110, force_terminal=False, force_jupyter=False).print(self)
-        return text.getvalue()
+        return as_text(self, width=110)

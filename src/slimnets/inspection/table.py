@@ -1,13 +1,12 @@
 """Rows of numbers as a table, for a terminal and in Markdown."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from io import StringIO
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from slimnets.inspection.rows import Row
+from slimnets.text import as_text
 
 Cells = Sequence[str]
 
@@ -61,14 +60,8 @@ def text(fields: Sequence[str], body: Sequence[Cells], feet: Sequence[Cells], no
     table.add_section()
     for row in feet:
         table.add_row(*row)
-    out = StringIO()
-    # as wide as it needs to be, and no part of a layer's name read as markup; a notebook's console
-    # would show the table and write nothing
-    plain = Console(
-        file=out, width=10_000, force_terminal=False, force_jupyter=False, markup=False, emoji=False
-    )
-    plain.print(table)
-    lines = [line.rstrip() for line in out.getvalue().strip("\n").splitlines()]
+    # as wide as it needs to be
+    lines = [line.rstrip() for line in as_text(table, width=10_000).strip("\n").splitlines()]
     return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 

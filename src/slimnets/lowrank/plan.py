@@ -3,12 +3,10 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO
 from numbers import Integral, Real
 from types import MethodType
 from typing import TypeAlias, cast
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -29,6 +27,7 @@ from slimnets.lowrank.decompose import (
     rank_for_fraction,
 )
 from slimnets.lowrank.modules import LowRankPair, refusal, replaceable, weights_of
+from slimnets.text import as_text
 
 Rank: TypeAlias = int | float
 """A rank, or a fraction of the layer's full rank in (0, 1)."""
@@ -91,13 +90,7 @@ class Plan:
         return table
 
     def __str__(self) -> str:
-        text = StringIO()  # a terminal would get colours, and names in brackets be read as markup
-        # a notebook's console would show the table and write nothing
-        plain = Console(
-            file=text, width=120, force_terminal=False, force_jupyter=False, markup=False
-        )
-        plain.print(self)
-        return text.getvalue().rstrip()
+        return as_text(self, width=120).rstrip()
 
 
 def plan(
