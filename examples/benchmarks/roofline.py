@@ -56,7 +56,7 @@ def nonzeros(found: Iterable[tuple[Region, Any]]) -> dict[str, int]:
     for region, _ in found:
         for step in region.steps:
             if isinstance(step, Conv):
-                counts[step.name] = len(step.weight.values)
+                counts[step.name] = step.weight.products
             elif isinstance(step, Linear):
                 counts[step.name] = int((step.weight != 0).sum())
     return counts

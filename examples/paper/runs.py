@@ -172,6 +172,11 @@ def trained_on(of: Run) -> Run:
     return Run(of.network, of)
 
 
+def again(run: Run) -> Run:
+    """A compressed network, trained on in the same way: its zeros stay, and so do its pairs."""
+    return replace(run, of=run, rank=None)
+
+
 def prunings(of: Run) -> list[Run]:
     """A trained network, pruned gradually and at once."""
     both = [pruned(sparsity, gradual, of) for sparsity in SPARSITIES for gradual in (True, False)]
@@ -209,8 +214,10 @@ TABLES: dict[str, list[Run]] = {
             for taught in (False, True)
         ),
         *(
-            pruned(sparsity, scope="global", distilled=True, beside=BESIDE)
+            run
             for sparsity in (0.75, 0.95)
+            for first in (pruned(sparsity, scope="global", distilled=True, beside=BESIDE),)
+            for run in (first, again(first))
         ),
         *prunings(REFERENCE),
     ],
@@ -219,6 +226,7 @@ TABLES: dict[str, list[Run]] = {
         factorized("paper"),
         factorized("paper", distilled=True),
         factorized("paper", distilled=True, beside=BESIDE),
+        again(factorized("paper", distilled=True, beside=BESIDE)),
         *factorizations(REFERENCE),
     ],
     "low-rank-cnn": factorizations(SMALL),

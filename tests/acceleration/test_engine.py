@@ -1,6 +1,7 @@
-"""The compiled engine where its cache cannot be written."""
+"""The compiled engine where its cache cannot be written, and on processors of other kinds."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -45,5 +46,40 @@ def test_without_a_place_for_the_cache(tmp_path):
         command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert str(package) in done.stdout and "'sparse'" in done.stdout
+    assert str(package) in done.stdout and "'engine'" in done.stdout
     assert not list(tmp_path.rglob("*.nbi"))
+
+
+NARROW = """
+import torch
+from torch import nn
+from slimnets.acceleration import codes
+from slimnets.acceleration.partition import annotate, cut
+from slimnets.acceleration.trace import Recorder, trace
+torch.manual_seed(0)
+assert not codes.WIDE
+layers = nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 40, 3, stride=2), nn.Flatten()
+network = nn.Sequential(*layers, nn.Linear(40 * 49, 20)).eval()
+with torch.no_grad():
+    for batch in (1, 3, 16):
+        x = torch.randn(batch, 3, 18, 18)
+        graph = trace(network, 1)
+        Recorder(graph).run(x)
+        assert len(cut(graph, annotate(graph))) == 1
+        torch.testing.assert_close(graph(x), network(x), rtol=1e-5, atol=1e-5)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="features of x86-64")
+def test_without_wide_registers():
+    narrow = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse,+sse2"}
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **narrow},
+    )
+    assert done.stdout == "equal\n", done.stderr

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("numba", reason="the engine is compiled by numba")
 
+from slimnets.acceleration.codes import DENSE
 from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.partition import annotate, cut
 from slimnets.acceleration.region import Region
@@ -72,6 +73,52 @@ def test_convolution(
     inputs, outputs = (groups * c for c in channels)
     layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias)
     assert_equal(thin(layer, density), torch.randn(batch, inputs, *image))
+
+
+@FUZZ
+@given(
+    channels=st.tuples(st.integers(1, 40), st.sampled_from([16, 17, 31, 32, 33, 48, 70])),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    image=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    batch=st.sampled_from([1, 2, 3, 7, 16, 21]),
+    density=st.sampled_from([0.6, 1.0]),
+)
+def test_dense_convolution(channels, kernel, stride, padding, dilation, image, batch, density):
+    for i in range(2):
+        assume(image[i] + 2 * padding[i] >= dilation[i] * (kernel[i] - 1) + 1)
+    layer = nn.Conv2d(*channels, kernel, stride, padding, dilation)
+    assert_equal(thin(layer, density), torch.randn(batch, channels[0], *image))
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_dense_convolutions_of_several_blocks_with_a_residual(batch):
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(40, 700, 3, padding=1)
+            self.second = nn.Conv2d(700, 40, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.relu(x + self.second(F.relu(self.first(x))))
+
+    model, x = Residual(), torch.randn(batch, 40, 6, 6)
+    assert_equal(model, x)
+    graph, (region,) = in_engine(model, x)
+    graph(x)
+    (plan,) = region.plans.values()
+    ops = plan.table(batch).ops
+    assert max(ops[ops[:, 0] == DENSE, 7]) > 1
+
+
+def test_not_a_number_passes_through_a_dense_layer():
+    layer, x = nn.Conv2d(16, 32, 3, padding=1), torch.randn(1, 16, 9, 9)
+    x[0, 3, 4, 4], x[0, 5, 1, 1] = torch.nan, torch.inf
+    with torch.no_grad():
+        expected, found = layer(x), in_engine(layer, x)[0](x)
+    torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's advice

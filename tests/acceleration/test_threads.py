@@ -37,13 +37,14 @@ def network() -> nn.Module:
     ).eval()
 
 
+@pytest.mark.parametrize("density", [0.3, 1.0])
 @pytest.mark.parametrize("batch", [1, 2, 3, 16, 37])
 @torch.no_grad()
-def test_any_number_of_threads_gives_the_same(batch: int) -> None:
+def test_any_number_of_threads_gives_the_same(batch: int, density: float) -> None:
     model, x = network(), torch.randn(batch, 3, 32, 32)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.mul_(torch.rand_like(parameter) < 0.5)
+            parameter.mul_(torch.rand_like(parameter) < density)
     graph = trace(model, 1)
     assert graph is not None
     Recorder(graph).run(x)

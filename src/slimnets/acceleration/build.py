@@ -7,25 +7,35 @@ from typing import Any
 import numpy as np
 
 from slimnets.acceleration import codes
-from slimnets.acceleration.layout import Layout, block, block_size, tiling
+from slimnets.acceleration.layout import (
+    Layout,
+    Tiling,
+    block,
+    block_size,
+    dense_blocks,
+    dense_tiling,
+    tiling,
+)
 from slimnets.acceleration.steps import (
     Add,
     Clamp,
     Concat,
     Conv,
     Linear,
+    Matrix,
     NonZeros,
     Pool,
     Shape,
     Step,
+    Weight,
 )
 
 SLACK = 4096
 """Floats before and after the arena, for tiles that read past the end of a value."""
 
 FIELDS = 24
-ADDRESSES = (3, 4, 5, 6, 11, 14, 16)
-"""Fields of a convolution that point to its data."""
+ADDRESSES = {codes.CONV: (3, 4, 5, 6, 11, 14, 16), codes.DENSE: (4, 5, 6, 11, 14)}
+"""Fields of convolutions that point to their data."""
 
 CACHE_LINE = 64
 
@@ -42,6 +52,7 @@ class Table:
     products: int
     owners: list[str]  # of each op: the name of its step, "" at the borders
     data: Any = field(repr=False)  # what the addresses among the ops point to
+    dense_bytes: int  # of weights that are walked over whole
 
 
 def build(
@@ -80,6 +91,7 @@ class _Builder:
         self.floats: list[tuple[float, float, float]] = []
         self.owners: list[str] = []
         self.data: list[Any] = []
+        self.matrices: dict[int, Matrix] = {}  # by the numbers of their ops
         self.size = CACHE_LINE  # bytes of the data; no address in it is 0, which is none
         self.places: dict[int, int] = {}
         self.free: dict[Layout, list[int]] = {}
@@ -103,7 +115,8 @@ class _Builder:
         shapes, end = [self.shapes[v] for v in self.outputs], self.end + SLACK
         if end > 2**31 - 1:
             raise ValueError("offsets that do not fit 32 bits")
-        more = (self.products, self.owners, data)
+        dense_bytes = sum(matrix.values.nbytes for matrix in self.matrices.values())
+        more = (self.products, self.owners, data, dense_bytes)
         return Table(ops, floats, end, self.scratch, shapes, *more)
 
     def _margins(self) -> dict[tuple[int, int], tuple[int, int]]:
@@ -156,11 +169,13 @@ class _Builder:
         begin = -data.ctypes.data % CACHE_LINE
         for at, array in self.data:
             data[begin + at : begin + at + array.nbytes] = array
-        conv = ops[:, 0] == codes.CONV
-        for column in ADDRESSES:
-            used = conv & (ops[:, column] > 0)
-            ops[used, column] += data.ctypes.data + begin
-        return data
+        for code, addresses in ADDRESSES.items():
+            for column in addresses:
+                used = (ops[:, 0] == code) & (ops[:, column] > 0)
+                ops[used, column] += data.ctypes.data + begin
+        for i, matrix in self.matrices.items():
+            ops[i, 3] = matrix.values.ctypes.data
+        return data, self.matrices
 
     def _border(self, code: int, number: int, value: int) -> None:
         at = self._target(value) if code == codes.IMPORT else self.places[value]
@@ -191,7 +206,7 @@ class _Builder:
             step.low,
             step.high,
             name=step.name,
-            weight=step.sparse(image),
+            weight=step.kernel(image),
             bias=step.bias,
             kernel=(image.height, image.width),
         )
@@ -208,27 +223,48 @@ class _Builder:
             phases = _Phases(step, source.shape, image, self.samples)
             offsets, pitch = phases.offsets(weight), phases.layout.pitch
             at = self._split(source, at, phases)
-        tiles = tiling(image, pitch)
+        self.products += weight.products * image.shape.height * image.shape.width * self.samples
+        if isinstance(weight, Matrix):
+            code, tiles = codes.DENSE, dense_tiling(image, pitch, weight.together)
+            walk, last = self._dense(step, weight, tiles, offsets)
+        else:
+            code, tiles = codes.CONV, tiling(image, pitch)
+            walk = self._sparse(step, weight, tiles, offsets)
+            last = self._array(image.mask(), np.int32) if tiles.masked else 0
+        op = [code, at, target, *walk, tiles.x_step, tiles.y_step]
+        op += [self._array(tiles.starts, np.int32), len(tiles.starts), tiles.kind]
+        op += [self._array(step.bias, np.float32), residual, last, image.plane]
+        self._emit(op, step)
+
+    def _sparse(self, step: Conv, weight: NonZeros, tiles: Tiling, offsets: Any) -> list[int]:
+        """Fields 3 to 8 of a sparse convolution."""
         channels = block_size(step, weight, tiles, self.samples)
         blocked = block(weight, channels, self.threads)
         self.scratch = max(self.scratch, weight.outputs * tiles.rows * tiles.width)
-        self.products += len(weight.values) * image.shape.height * image.shape.width * self.samples
-        op = [codes.CONV, at, target]
-        op += [self._array(weight.values[blocked.order], np.float32)]
-        op += [self._array(offsets[blocked.order], np.int32)]
-        op += [self._array(blocked.pointers, np.int32), self._array(blocked.rows, np.int32)]
-        op += [blocked.blocks, weight.outputs, tiles.x_step, tiles.y_step]
-        op += [self._array(tiles.starts, np.int32), len(tiles.starts), tiles.kind]
-        op += [self._array(step.bias, np.float32), residual]
-        op += [self._array(image.mask(), np.int32) if tiles.masked else 0, image.plane]
-        self._emit(op, step)
+        walk = [self._array(weight.values[blocked.order], np.float32)]
+        walk += [self._array(offsets[blocked.order], np.int32)]
+        walk += [self._array(blocked.pointers, np.int32), self._array(blocked.rows, np.int32)]
+        return [*walk, blocked.blocks, weight.outputs]
+
+    def _dense(
+        self, step: Conv, weight: Matrix, tiles: Tiling, offsets: Any
+    ) -> tuple[list[int], int]:
+        """Fields 3 to 8 of a dense convolution, and field 16."""
+        starts, groups = dense_blocks(step, weight, tiles, self.samples)
+        if len(starts) > 2:  # sums wait for the next block
+            sums = len(tiles.starts) * groups * weight.together * tiles.rows * tiles.width
+            self.scratch = max(self.scratch, sums)
+        self.matrices[len(self.ops)] = weight  # the values, which tables share
+        walk = [0, self._array(offsets, np.int32), self._array(starts, np.int32)]
+        walk += [self._array(weight.firsts, np.int32)]
+        return [*walk, len(starts) - 1, len(weight.values)], groups
 
     def _taps(self, step: Conv, source: Layout) -> Any:
-        """Where each non-zero reads, relative to the input of the first output."""
-        weight = step.weight
-        y = weight.ky * step.dilation[0] + source.top - step.padding[0]
-        x = weight.kx * step.dilation[1] + source.left - step.padding[2]
-        return weight.channel * np.int64(source.plane) + (y * source.pitch + x) * self.samples
+        """Where each weight reads, relative to the input of the first output."""
+        channel, ky, kx = step.weight.places
+        y = ky * step.dilation[0] + source.top - step.padding[0]
+        x = kx * step.dilation[1] + source.left - step.padding[2]
+        return channel * np.int64(source.plane) + (y * source.pitch + x) * self.samples
 
     def _split(self, source: Layout, at: int, phases: "_Phases") -> int:
         """Gather the rows and columns that a strided convolution reads, phase by phase."""
@@ -290,13 +326,14 @@ class _Phases:
     def _phase(self, ky: int, kx: int) -> tuple[int, int]:
         return ky * self.dilation[0] % self.stride[0], kx * self.dilation[1] % self.stride[1]
 
-    def offsets(self, weight: NonZeros) -> Any:
-        """Where each non-zero reads, relative to the input of the first output."""
-        y, x = weight.ky * self.dilation[0], weight.kx * self.dilation[1]
+    def offsets(self, weight: Weight) -> Any:
+        """Where each weight reads, relative to the input of the first output."""
+        channel, ky, kx = weight.places
+        y, x = ky * self.dilation[0], kx * self.dilation[1]
         sh, sw = self.stride
         number = np.zeros((sh, sw), np.int64)
         for i, phase in enumerate(self.used):
             number[phase] = i
-        plane = weight.channel * np.int64(len(self.used)) + number[y % sh, x % sw]
+        plane = channel * np.int64(len(self.used)) + number[y % sh, x % sw]
         layout = self.layout
         return plane * layout.plane + (y // sh * layout.pitch + x // sw) * layout.samples

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from slimnets.acceleration.dense import csr, exchange, following_relu, packed
 from slimnets.acceleration.measure import shortest_times
 from slimnets.acceleration.report import Row
+from slimnets.acceleration.steps import is_full
 from slimnets.acceleration.trace import Recorder, is_plain, module_of
 
 try:
@@ -26,7 +27,8 @@ CSR_FROM = 0.6
 """Share of zeros below which a CSR product is not worth trying."""
 
 EAGER = "PyTorch"
-SPARSE = "sparse kernel"
+KERNEL = "kernel"
+"""The engine's, sparse or dense."""
 
 
 @dataclass
@@ -42,7 +44,7 @@ class _Layer:
     @property
     def outside(self) -> str:
         """The fastest choice outside the engine."""
-        return min((c for c in self.times if c != SPARSE), key=self.times.__getitem__)
+        return min((c for c in self.times if c != KERNEL), key=self.times.__getitem__)
 
 
 @dataclass
@@ -71,7 +73,7 @@ def choose(
         if graph is not None:
             variants[name] = graph
             rows[name] = [
-                _row(one, SPARSE if n in inside else one.outside, removed)
+                _row(one, KERNEL if n in inside else one.outside, removed)
                 for n, one in layers.items()
             ]
 
@@ -82,11 +84,11 @@ def choose(
         inside = set(layers) & computable
         whole = _variant(traced, layers, computable)
         _time_inside(whole, arguments, layers)
-        add("sparse", whole, inside)
+        add("engine", whole, inside)
         slow = {
             n
             for n in inside
-            if layers[n].times.get(SPARSE, 0.0) > layers[n].times[layers[n].outside]
+            if layers[n].times.get(KERNEL, 0.0) > layers[n].times[layers[n].outside]
         }
         if slow and slow != inside:
             mixed = _variant(traced, layers, computable - slow)
@@ -170,13 +172,16 @@ def _time_inside(
     Profiler(graph).run(*arguments)
     for one in layers.values():
         if str(one.node.target) in seconds:
-            one.times[SPARSE] = seconds[str(one.node.target)]
+            one.times[KERNEL] = seconds[str(one.node.target)]
 
 
 def _row(one: _Layer, choice: str, removed: Mapping[str, int]) -> Row:
     before, after = one.times[EAGER], one.times.get(choice, one.times[EAGER])
     kind = type(one.layer).__name__
     name = str(one.node.target)
+    if choice == KERNEL:
+        full = is_full(one.layer.weight.numpy(), getattr(one.layer, "groups", 1))
+        choice = "dense kernel" if full else "sparse kernel"
     if name in removed:
         choice = f"{choice}, {removed[name]} channels removed"
     return Row(name, kind, share_of_zeros(one.layer), choice, before * 1e3, after * 1e3)

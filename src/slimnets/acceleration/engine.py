@@ -14,8 +14,18 @@ from zlib import crc32
 
 from numba import njit
 
-from slimnets.acceleration import codes, glue, halve, memory, tile
-from slimnets.acceleration.codes import CONV, EXPORT, IMPORT, KINDS, PHASE, POOL
+from slimnets.acceleration import codes, dense_tile, glue, halve, memory, tile
+from slimnets.acceleration.codes import (
+    CONV,
+    DENSE,
+    DENSE_KINDS,
+    EXPORT,
+    IMPORT,
+    KINDS,
+    PHASE,
+    POOL,
+)
+from slimnets.acceleration.dense_tile import dense_kernel
 from slimnets.acceleration.glue import border, elementwise, phase, pool
 from slimnets.acceleration.memory import arrive, load, load_int, wait
 from slimnets.acceleration.tile import FIRST, LAST, tile_kernel
@@ -68,37 +78,93 @@ def _convolution(rows: int, width: int) -> Any:
     return convolve
 
 
-_c0, _c1, _c2, _c3, _c4, _c5, _c6, _c7, _c8, _c9 = (_convolution(*kind) for kind in KINDS)
+def _one_of(convolutions: Any) -> Any:
+    """A function that calls the convolution of this number; there are at most ten."""
+    last = convolutions[-1]
+    c0, c1, c2, c3, c4, c5, c6, c7, c8, _ = [*convolutions, *[last] * 10][:10]
+
+    # not nested: what is inlined into each other is compiled again at each level
+    @njit(nogil=True)
+    def convolve(kind, op, lo, hi, arena, scratch, tile0, tile1, share, shares):
+        if kind == 0:
+            c0(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+        elif kind == 1:
+            c1(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+        elif kind == 2:
+            c2(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+        elif kind == 3:
+            c3(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+        elif kind == 4:
+            c4(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+        elif kind == 5:
+            c5(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+        elif kind == 6:
+            c6(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+        elif kind == 7:
+            c7(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+        elif kind == 8:
+            c8(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+        else:
+            last(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+
+    return convolve
+
+
+def _dense_convolution(together: int, rows: int, width: int) -> Any:
+    size = together * rows * width
+    add_up = dense_kernel(together, rows, width)
+
+    @njit(nogil=True)
+    def convolve(op, lo, hi, arena, scratch, tile0, tile1, share, shares):
+        vals, offs, pointers, firsts = op[3], op[4], op[5], op[6]
+        blocks, groups, xs, ys, tiles = op[7], op[8], op[9], op[10], op[11]
+        bias, residual, at_once, plane = op[14], op[15], op[16], op[17]
+        last, columns = groups * (share + 1) // shares, load_int(pointers, blocks)
+        for g0 in range(groups * share // shares, last, at_once):
+            for block in range(blocks):
+                flags = (FIRST if block == 0 else 0) | (LAST if block == blocks - 1 else 0)
+                k, end = load_int(pointers, block), load_int(pointers, block + 1)
+                for t in range(tile0, tile1):
+                    start = load_int(tiles, 2 * t + 1)
+                    for g in range(g0, min(g0 + at_once, last)):
+                        channel = load_int(firsts, g)
+                        y = 4 * (start + channel * plane)
+                        add_up(
+                            vals + 4 * together * (g * columns + k),
+                            offs + 4 * k,
+                            end - k,
+                            arena + 4 * (op[1] + load_int(tiles, 2 * t)),
+                            xs,
+                            flags,
+                            bias + 4 * channel,
+                            0 if residual < 0 else arena + 4 * residual + y,
+                            scratch + 4 * size * (t * at_once + g - g0),
+                            arena + 4 * op[2] + y,
+                            ys,
+                            plane,
+                            lo,
+                            hi,
+                        )
+
+    return convolve
+
+
+_sparse = _one_of([_convolution(*kind) for kind in KINDS])
+_dense = _one_of([_dense_convolution(*kind) for kind in DENSE_KINDS])
 
 
 @njit(nogil=True)
 def conv(op, lo, hi, arena, scratch, thread, threads):
-    """A sparse convolution; threads share its tiles, or its output channels if tiles are few."""
+    """A convolution; threads share its tiles, or its output channels if tiles are few."""
     tiles, kind = op[12], op[13]
     tile0, tile1, share, shares = 0, tiles, thread, threads
     if tiles % threads == 0 or tiles >= 8 * threads:
         tile0, tile1 = tiles * thread // threads, tiles * (thread + 1) // threads
         share, shares = 0, 1
-    if kind == 0:
-        _c0(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
-    elif kind == 1:
-        _c1(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
-    elif kind == 2:
-        _c2(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
-    elif kind == 3:
-        _c3(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
-    elif kind == 4:
-        _c4(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
-    elif kind == 5:
-        _c5(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
-    elif kind == 6:
-        _c6(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
-    elif kind == 7:
-        _c7(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
-    elif kind == 8:
-        _c8(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+    if op[0] == CONV:
+        _sparse(kind, op, lo, hi, arena, scratch, tile0, tile1, share, shares)
     else:
-        _c9(op, lo, hi, arena, scratch, tile0, tile1, share, shares)
+        _dense(kind, op, lo, hi, arena, scratch, tile0, tile1, share, shares)
 
 
 def _compiled(kernel_version: int) -> Any:
@@ -109,7 +175,7 @@ def _compiled(kernel_version: int) -> Any:
         for i in range(ops.shape[0]):
             op = ops[i]
             scale, lo, hi = floats[i, 0], floats[i, 1], floats[i, 2]
-            if op[0] == CONV:
+            if op[0] == CONV or op[0] == DENSE:
                 conv(op, lo, hi, arena, scratch, thread, threads)
             elif op[0] == IMPORT or op[0] == EXPORT:
                 border(op, arena, io, thread, threads)
@@ -130,7 +196,7 @@ def _compiled(kernel_version: int) -> Any:
 
 
 _SOURCES = b"".join(
-    Path(module.__file__).read_bytes() for module in (codes, glue, halve, memory, tile)
+    Path(module.__file__).read_bytes() for module in (codes, dense_tile, glue, halve, memory, tile)
 )
 
 interpret = _compiled(crc32(_SOURCES))

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slimnets.acceleration.codes import KINDS
-from slimnets.acceleration.steps import Conv, Ints, NonZeros, Shape
+from slimnets.acceleration.codes import DENSE_KINDS, KINDS
+from slimnets.acceleration.steps import Conv, Ints, Matrix, NonZeros, Shape
 
 L1_BYTES = 28 * 1024
 """What a block of input channels may take of the first-level cache (32 KiB on most cores)."""
+
+L2_BYTES = 384 * 1024
+"""What dense weights that several tiles share may take of the second-level cache."""
 
 SHORTEST_ROW = 8
 """Non-zeros that a row should have in a block, else loading and storing its sums costs more."""
@@ -71,30 +74,32 @@ class Tiling:
     """How the outputs of one channel are cut into register tiles."""
 
     kind: int
+    rows: int
+    width: int  # floats in a row of a tile
     x_step: int
     y_step: int
     starts: Ints  # (tiles, 2): where a tile starts in the input, and in the output
     masked: bool
 
-    @property
-    def rows(self) -> int:
-        """Rows of a tile."""
-        return KINDS[self.kind][0]
-
-    @property
-    def width(self) -> int:
-        """Floats in a row of a tile."""
-        return KINDS[self.kind][1]
-
 
 def tiling(image: Layout, pitch: int) -> Tiling:
     """The cheapest way to cut ``image``, computed from an input with ``pitch`` pixels a row."""
     options = []
-    for kind in range(len(KINDS)):
-        if pitch == image.pitch and KINDS[kind][0] == 1:
-            options.append(_along(image, kind))
-        options.append(_across(image, kind, pitch))
+    for kind, (rows, width) in enumerate(KINDS):
+        if pitch == image.pitch and rows == 1:
+            options.append(_along(image, kind, width))
+        options.append(_across(image, kind, rows, width, pitch))
     return min((t for t in options if t is not None), key=_cost)
+
+
+def dense_tiling(image: Layout, pitch: int, together: int) -> Tiling:
+    """The cheapest way to cut ``image`` into tiles of dense products, ``together`` outputs each."""
+    options = [
+        _across(image, kind, rows, width, pitch)
+        for kind, (outputs, rows, width) in enumerate(DENSE_KINDS)
+        if outputs == together
+    ]
+    return min((t for t in options if t is not None), key=_dense_cost)
 
 
 def _cost(t: Tiling) -> float:
@@ -102,20 +107,24 @@ def _cost(t: Tiling) -> float:
     return len(t.starts) * (t.rows * max(1, t.width / 8) * 0.55 + 0.7)
 
 
-def _along(image: Layout, kind: int) -> Tiling | None:
+def _dense_cost(t: Tiling) -> float:
+    """Time for one column of every tile, in that of a pixel's multiply-add."""
+    return len(t.starts) * (t.rows * t.width + 3.5)
+
+
+def _along(image: Layout, kind: int, width: int) -> Tiling | None:
     """Tiles along all rows and the gaps between them, which the mask sets back to zero."""
-    width = KINDS[kind][1]
     length = (image.shape.height - 1) * image.row + image.shape.width * image.samples
     if length < width and image.base + width > image.plane:
         return None
     starts = np.minimum(np.arange(0, length, width), max(length - width, 0))
     whole = image.pitch == image.shape.width and length >= width
-    return Tiling(kind, width, width, np.stack([starts, starts + image.base], 1), masked=not whole)
+    places = np.stack([starts, starts + image.base], 1)
+    return Tiling(kind, 1, width, width, width, places, masked=not whole)
 
 
-def _across(image: Layout, kind: int, pitch: int) -> Tiling | None:
+def _across(image: Layout, kind: int, rows: int, width: int, pitch: int) -> Tiling | None:
     """Tiles of some rows each, without the gaps."""
-    rows, width = KINDS[kind]
     length = image.shape.width * image.samples
     if length < width or image.shape.height < rows:
         return None
@@ -124,7 +133,7 @@ def _across(image: Layout, kind: int, pitch: int) -> Tiling | None:
     x = lines[:, None] * pitch * image.samples + columns
     y = lines[:, None] * image.row + columns + image.base
     starts = np.stack([x.ravel(), y.ravel()], 1)
-    return Tiling(kind, pitch * image.samples, image.row, starts, masked=False)
+    return Tiling(kind, rows, width, pitch * image.samples, image.row, starts, masked=False)
 
 
 @dataclass(frozen=True)
@@ -160,10 +169,27 @@ def block_size(conv: Conv, weight: NonZeros, tiles: Tiling, samples: int) -> int
     """Input channels of a block: what fits the first-level cache, unless rows get too short."""
     if not len(weight.values):
         return 1
-    reach = [d * (k - 1) for k, d in zip(conv.kernel, conv.dilation, strict=True)]
-    footprint = 4 * (tiles.rows + reach[0]) * (tiles.width + reach[1] * samples)
     channels = int(weight.local.max()) + 1
-    fitting = max(1, L1_BYTES // footprint)
+    fitting = _fitting(conv, tiles, samples)
     affordable = max(1, len(weight.values) // (weight.outputs * SHORTEST_ROW))
     blocks = min(-(-channels // fitting), affordable)
     return -(-channels // blocks)
+
+
+def dense_blocks(conv: Conv, weight: Matrix, tiles: Tiling, samples: int) -> tuple[Ints, int]:
+    """Where blocks of columns begin and end, and how many groups of outputs to take at once.
+
+    The inputs of a block fit the first-level cache; its weights for these groups the second.
+    """
+    blocks = -(-weight.inputs // _fitting(conv, tiles, samples))
+    channels = np.arange(blocks + 1) * weight.inputs // blocks
+    starts = channels * (weight.columns // weight.inputs)
+    longest = int(np.diff(starts).max())
+    return starts, max(1, L2_BYTES // (4 * weight.together * longest))
+
+
+def _fitting(conv: Conv, tiles: Tiling, samples: int) -> int:
+    """How many channels of what a tile reads fit the first-level cache."""
+    reach = [d * (k - 1) for k, d in zip(conv.kernel, conv.dilation, strict=True)]
+    footprint = 64 * (tiles.rows + reach[0]) * -(-(tiles.width + reach[1] * samples) // 16)
+    return max(1, L1_BYTES // footprint)

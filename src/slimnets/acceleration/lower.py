@@ -18,10 +18,13 @@ from slimnets.acceleration.steps import (
     NonZeros,
     Pool,
     Step,
+    weight_of,
 )
 from slimnets.acceleration.trace import is_plain, is_unaltered, module_of
 
 LEAST_ZEROS = 0.3
+"""Of a layer in groups, below which the engine is not worth trying; without groups it always is."""
+
 SMALL = 10_000
 
 Form = str
@@ -94,7 +97,7 @@ LIMITS: dict[Any, tuple[float, float]] = {
 
 
 def _of_layer(m: nn.Module, source: fx.Node, form: Form | None) -> Known | None:
-    if m.weight.dtype != torch.float32 or not _worth_trying(m.weight):  # type: ignore[arg-type]
+    if m.weight.dtype != torch.float32 or not _worth_trying(m):
         return None
     if isinstance(m, nn.Linear):
         return ([source], _linear(m), "features") if _is_flat(source) else None
@@ -104,10 +107,12 @@ def _of_layer(m: nn.Module, source: fx.Node, form: Form | None) -> Known | None:
     return [source], _conv(m), "image"
 
 
-def _worth_trying(weight: Tensor) -> bool:
-    """Whether a sparse product may win, or costs next to nothing (depthwise, for example)."""
-    zeros = weight.numel() - int(torch.count_nonzero(weight))
-    return weight.numel() > 0 and (zeros >= LEAST_ZEROS * weight.numel() or weight.numel() <= SMALL)
+def _worth_trying(m: Any) -> bool:
+    """Whether the engine may win, or costs next to nothing (depthwise, for example)."""
+    size = m.weight.numel()
+    zeros = size - int(torch.count_nonzero(m.weight))
+    together = getattr(m, "groups", 1) == 1
+    return size > 0 and (together or zeros >= LEAST_ZEROS * size or size <= SMALL)
 
 
 def _is_flat(source: fx.Node) -> bool:
@@ -246,7 +251,7 @@ def _conv(m: nn.Conv2d) -> Make:
     shape = {"kernel": kernel, "stride": _pair(m.stride), "dilation": dilation}
 
     def make(sources: list[int], target: int) -> Step:
-        weight = NonZeros.of(_floats(m.weight), m.groups)
+        weight = weight_of(_floats(m.weight), m.groups)
         return Conv(sources, target, weight=weight, bias=_bias(m), padding=padding, **shape)  # type: ignore[arg-type]
 
     return make

@@ -19,7 +19,10 @@ from slimnets.acceleration.steps import Shape, Step
 from slimnets.acceleration.threads import together
 
 ARENA_BYTES = 16 << 20
-"""What the activations of all samples computed at once may take: most of a last-level cache."""
+"""What the activations of all samples computed at once may take: most of a last-level cache.
+
+Or as much as dense weights, which are read again for every piece of a batch.
+"""
 
 MOST_SAMPLES = 256
 SHAPES_KEPT = 8
@@ -64,7 +67,8 @@ class _Plan:
 
     def pieces(self, batch: int, threads: int = 1) -> list[tuple[int, int]]:
         """Cut the samples into (first, number): powers of two that fit a cache."""
-        most = min(MOST_SAMPLES, ARENA_BYTES // (4 * self.table(1).arena))
+        table = self.table(1)
+        most = min(MOST_SAMPLES, max(ARENA_BYTES, table.dense_bytes) // (4 * table.arena))
         if threads > 1:
             most = min(most, batch // threads)
         first, found = 0, []

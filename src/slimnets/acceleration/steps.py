@@ -11,9 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slimnets.acceleration.codes import FEW, WIDE
+
 Floats = NDArray[np.float32]
 Ints = NDArray[np.integer[Any]]
 INFINITY = math.inf
+
+DENSE_FROM = 0.5
+"""Share of non-zeros from which walking over all weights takes less time than over those."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,16 @@ class NonZeros:
     values: Floats
     local: Ints  # input channel, counted within its group
 
+    @property
+    def places(self) -> tuple[Ints, Ints, Ints]:
+        """Input channel, row and column of the kernel, of each non-zero."""
+        return self.channel, self.ky, self.kx
+
+    @property
+    def products(self) -> int:
+        """Multiplications for one pixel."""
+        return len(self.values)
+
     @classmethod
     def of(cls, weight: Floats, groups: int = 1) -> "NonZeros":
         """The non-zeros of ``weight`` (outputs, inputs of a group, kernel rows, columns)."""
@@ -69,10 +84,80 @@ class NonZeros:
 
 
 @dataclass
+class Matrix:
+    """A weight with few zeros, as (group of outputs, input channel and tap, output of the group).
+
+    The last group begins earlier, if need be, so as to be as large as the others.
+    """
+
+    outputs: int
+    inputs: int
+    kernel: tuple[int, int]
+    values: Floats
+
+    @classmethod
+    def of(cls, weight: Floats) -> "Matrix":
+        """All of ``weight`` (outputs, inputs, kernel rows, columns)."""
+        outputs, inputs, *kernel = weight.shape
+        rows = weight.reshape(outputs, -1)
+        few, many = (-(-outputs // size) for size in (FEW, 2 * FEW))
+        # twice as many take less time for each, unless the last group repeats too much
+        better = WIDE and outputs >= 2 * FEW and 1.4 * many <= few
+        groups, size = (many, 2 * FEW) if better else (few, FEW)
+        memory = np.empty(groups * rows.shape[1] * size + FEW, np.float32)
+        begin = -memory.ctypes.data % (4 * FEW) // 4  # no vector across two cache lines
+        values = memory[begin : begin + len(memory) - FEW].reshape(groups, -1, size)
+        matrix = cls(outputs, inputs, (kernel[0], kernel[1]), values)
+        for group, first in zip(matrix.values, matrix.firsts, strict=True):
+            group[:] = rows[first : first + size].T
+        return matrix
+
+    @property
+    def together(self) -> int:
+        """Outputs of a group."""
+        return int(self.values.shape[2])
+
+    @property
+    def firsts(self) -> Ints:
+        """The first output of each group."""
+        return np.minimum(np.arange(0, self.outputs, self.together), self.outputs - self.together)
+
+    @property
+    def columns(self) -> int:
+        """Input channels times taps."""
+        return int(self.values.shape[1])
+
+    @property
+    def products(self) -> int:
+        """Multiplications for one pixel."""
+        return self.outputs * self.columns
+
+    @property
+    def places(self) -> tuple[Ints, Ints, Ints]:
+        """Input channel, row and column of the kernel, of each column."""
+        channel, ky, kx = np.unravel_index(np.arange(self.columns), (self.inputs, *self.kernel))
+        return channel, ky, kx
+
+
+Weight = NonZeros | Matrix
+
+
+def is_full(weight: Floats, groups: int = 1) -> bool:
+    """Whether all of ``weight`` (outputs, inputs of a group, ...) is walked over."""
+    together = groups == 1 and len(weight) >= FEW
+    return together and bool(np.count_nonzero(weight) >= DENSE_FROM * weight.size > 0)
+
+
+def weight_of(weight: Floats, groups: int = 1) -> Weight:
+    """How ``weight`` (outputs, inputs of a group, kernel rows, columns) is walked over."""
+    return Matrix.of(weight) if is_full(weight, groups) else NonZeros.of(weight, groups)
+
+
+@dataclass
 class Conv(Step):
     """A convolution with zero padding, a bias, maybe a residual (second source), and a clamp."""
 
-    weight: NonZeros = field(kw_only=True)
+    weight: Weight = field(kw_only=True)
     bias: Floats = field(kw_only=True)
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
@@ -100,7 +185,7 @@ class Linear(Step):
 
     weight: Floats = field(kw_only=True)
     bias: Floats = field(kw_only=True)
-    nonzeros: dict[Shape, NonZeros] = field(default_factory=dict, repr=False)
+    kernels: dict[Shape, Weight] = field(default_factory=dict, repr=False)
 
     def shape(self, *inputs: Shape) -> Shape:
         """The shape of the target."""
@@ -108,12 +193,12 @@ class Linear(Step):
             raise ValueError("features do not fit the layer")
         return _with_residual(Shape(len(self.weight), 1, 1), inputs)
 
-    def sparse(self, image: Shape) -> NonZeros:
-        """The weight as a convolution whose kernel covers the whole ``image``."""
-        if image not in self.nonzeros:
+    def kernel(self, image: Shape) -> Weight:
+        """The weight of a convolution whose kernel covers the whole ``image``."""
+        if image not in self.kernels:
             shaped = self.weight.reshape(-1, image.channels, image.height, image.width)
-            self.nonzeros[image] = NonZeros.of(shaped)
-        return self.nonzeros[image]
+            self.kernels[image] = weight_of(shaped)
+        return self.kernels[image]
 
 
 @dataclass
