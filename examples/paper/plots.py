@@ -6,8 +6,9 @@ from typing import Any
 from figures import Results, effort, mean, measured
 from matplotlib.figure import Figure
 from runs import (
-    BESIDE,
     BEST,
+    FACTORIZED_BY_THREE,
+    PRUNED_BY_THREE,
     RANKS,
     REFERENCE,
     SMALL,
@@ -15,6 +16,7 @@ from runs import (
     STUDENTS,
     WAYS,
     Run,
+    again,
     factorized,
     pruned,
 )
@@ -139,21 +141,21 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
             "gradual": {},
             "gradual, all weights together": {"scope": "global"},
             "gradual, all weights together, distilled": {"scope": "global", "distilled": True},
-            "gradual, all weights together, distilled from three": {
-                "scope": "global",
-                "distilled": True,
-                "beside": BESIDE,
-            },
             "one-shot": {"gradual": False},
         }
+        zeros = {
+            name: [(100 * s, pruned(s, of=network, **kind)) for s in SPARSITIES]
+            for name, kind in kinds.items()
+        }
+        if network == REFERENCE:
+            by_three = [(100 * s, run) for s, run in PRUNED_BY_THREE.items()]
+            zeros["gradual, all weights together, distilled from three"] = by_three
+            zeros["the same, trained on"] = [(s, again(run)) for s, run in by_three]
         draw(
             f"gradual-{network.network}.png",
             f"Gradual against one-shot pruning of {network.network}",
             "zeros, %",
-            {
-                name: [(100 * s, pruned(s, of=network, **kind)) for s in SPARSITIES]
-                for name, kind in kinds.items()
-            },
+            zeros,
             gradual if network == REFERENCE else {},
         )
         curves: dict[str, list[Run]] = {
@@ -162,9 +164,8 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
         if network == REFERENCE:
             curves["spatial, the paper's ranks"] = [factorized("paper")]
             curves["spatial, the paper's ranks, distilled"] = [factorized("paper", distilled=True)]
-            curves["spatial, the paper's ranks, distilled from three"] = [
-                factorized("paper", distilled=True, beside=BESIDE)
-            ]
+            curves["spatial, the paper's ranks, distilled from three"] = [FACTORIZED_BY_THREE]
+            curves["the same, trained on"] = [again(FACTORIZED_BY_THREE)]
         draw(
             f"low-rank-{network.network}.png",
             f"Low rank {network.network}",

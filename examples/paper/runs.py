@@ -177,6 +177,14 @@ def again(run: Run) -> Run:
     return replace(run, of=run, rank=None)
 
 
+PRUNED_BY_THREE = {
+    sparsity: pruned(sparsity, scope="global", distilled=True, beside=BESIDE)
+    for sparsity in (0.75, 0.95)
+}
+FACTORIZED_BY_THREE = factorized("paper", distilled=True, beside=BESIDE)
+"""Taught by the reference and others."""
+
+
 def prunings(of: Run) -> list[Run]:
     """A trained network, pruned gradually and at once."""
     both = [pruned(sparsity, gradual, of) for sparsity in SPARSITIES for gradual in (True, False)]
@@ -213,20 +221,16 @@ TABLES: dict[str, list[Run]] = {
             for sparsity in (0.75, 0.875, 0.95)
             for taught in (False, True)
         ),
-        *(
-            run
-            for sparsity in (0.75, 0.95)
-            for first in (pruned(sparsity, scope="global", distilled=True, beside=BESIDE),)
-            for run in (first, again(first))
-        ),
+        *PRUNED_BY_THREE.values(),
+        *map(again, PRUNED_BY_THREE.values()),
         *prunings(REFERENCE),
     ],
     "gradual-cnn": prunings(SMALL),
     "low-rank": [
         factorized("paper"),
         factorized("paper", distilled=True),
-        factorized("paper", distilled=True, beside=BESIDE),
-        again(factorized("paper", distilled=True, beside=BESIDE)),
+        FACTORIZED_BY_THREE,
+        again(FACTORIZED_BY_THREE),
         *factorizations(REFERENCE),
     ],
     "low-rank-cnn": factorizations(SMALL),

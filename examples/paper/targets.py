@@ -4,26 +4,16 @@ import math
 import statistics
 
 from figures import Figures, Results, accuracies, mean, speed
-from runs import BESIDE, BEST, STUDENTS, Run, factorized, pruned
+from runs import BEST, FACTORIZED_BY_THREE, PRUNED_BY_THREE, STUDENTS, Run, again, pruned
 from settings import BATCHES
 
 TARGETS: list[tuple[str, Run, str, dict[str, float]]] = [
-    (
-        "gradual, 75 %",
-        pruned(0.75, scope="global", distilled=True, beside=BESIDE),
-        "float32",
-        {"points": 0},
-    ),
+    ("gradual, 75 %", again(PRUNED_BY_THREE[0.75]), "float32", {"points": 0}),
     ("gradual, 87.5 %", pruned(0.875, scope="global", distilled=True), "float32", {"points": -0.3}),
-    (
-        "gradual, 95 %",
-        pruned(0.95, scope="global", distilled=True, beside=BESIDE),
-        "float32",
-        {"points": -0.5},
-    ),
+    ("gradual, 95 %", again(PRUNED_BY_THREE[0.95]), "float32", {"points": -0.5}),
     (
         "low rank, the paper's ranks",
-        factorized("paper", distilled=True, beside=BESIDE),
+        again(FACTORIZED_BY_THREE),
         "float32",
         {"points": 0, "times fewer bytes": 1 / 0.41, "times as fast at batch 64": 1.8},
     ),

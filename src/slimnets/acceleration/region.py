@@ -54,7 +54,7 @@ class _Plan:
         self.tables: dict[tuple[int, int], Table] = {}  # by samples and threads
         self.arenas: dict[tuple[int, int], list[tuple[Any, int]]] = {}  # and their addresses
         self.lock = threading.Lock()
-        self.outputs, self.products = self.table(1).outputs, self.table(1).products
+        self.outputs, self.work = self.table(1).outputs, self.table(1).work
         sizes = [shape.size for shape in (*self.inputs, *self.outputs)]
         self.sample_bytes = 4 * np.array(sizes, np.int64)
 
@@ -97,7 +97,7 @@ class _Plan:
 
     def run(self, batch: int, io: Any, most_threads: int) -> None:
         """Compute all samples; threads share out the samples, or one sample's work if they must."""
-        threads = max(1, min(most_threads, batch * self.products // PRODUCTS_WORTH_A_THREAD))
+        threads = max(1, min(most_threads, batch * self.work // PRODUCTS_WORTH_A_THREAD))
         if batch < threads or threads == 1:
             for first, samples in self.pieces(batch):
                 self._piece(samples, self._addresses(io, first), threads)

@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.integer[Any]]
 INFINITY = math.inf
 
-DENSE_FROM = 0.5
+DENSE_FROM = 0.45
 """Share of non-zeros from which walking over all weights takes less time than over those."""
 
 
