@@ -14,7 +14,8 @@ from zlib import crc32
 
 from numba import njit
 
-from slimnets.acceleration import codes, dense_tile, glue, halve, memory, tile
+from slimnets.acceleration import accumulate, codes, dense_tile, glue, halve, memory, tile
+from slimnets.acceleration.accumulate import FIRST, LAST
 from slimnets.acceleration.codes import (
     CONV,
     DENSE,
@@ -28,7 +29,7 @@ from slimnets.acceleration.codes import (
 from slimnets.acceleration.dense_tile import dense_kernel
 from slimnets.acceleration.glue import border, elementwise, phase, pool
 from slimnets.acceleration.memory import arrive, load, load_int, wait
-from slimnets.acceleration.tile import FIRST, LAST, tile_kernel
+from slimnets.acceleration.tile import tile_kernel
 
 
 @njit(nogil=True)
@@ -195,9 +196,8 @@ def _compiled(kernel_version: int) -> Any:
         return njit(nogil=True)(interpret)
 
 
-_SOURCES = b"".join(
-    Path(module.__file__).read_bytes() for module in (codes, dense_tile, glue, halve, memory, tile)
-)
+_OTHERS = (accumulate, codes, dense_tile, glue, halve, memory, tile)
+_SOURCES = b"".join(Path(module.__file__).read_bytes() for module in _OTHERS)
 
 interpret = _compiled(crc32(_SOURCES))
 """Run all steps as thread number ``thread`` of ``threads``, which share arena and barrier.
