@@ -17,6 +17,7 @@ from slimnets.acceleration.codes import DENSE
 from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.partition import annotate, cut
 from slimnets.acceleration.region import Region
+from slimnets.acceleration.steps import Matrix
 from slimnets.acceleration.trace import Recorder, trace
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -109,8 +110,16 @@ def test_dense_convolutions_of_several_blocks_with_a_residual(batch):
     graph, (region,) = in_engine(model, x)
     graph(x)
     (plan,) = region.plans.values()
-    ops = plan.table(batch).ops
-    assert max(ops[ops[:, 0] == DENSE, 7]) > 1
+    table = plan.table(batch)
+    assert max(table.ops[table.ops[:, 0] == DENSE, 7]) > 1
+    assert table.scratch < 2 * 700 * 36 * batch  # sums of one layer, some of them twice
+
+
+def test_vectors_of_weights_stay_within_cache_lines():
+    matrix = Matrix.of(torch.randn(70, 13, 3, 3).numpy())
+    for one in (matrix, copy.deepcopy(matrix), pickle.loads(pickle.dumps(matrix))):
+        assert one.values.ctypes.data % 64 == 0
+        assert (one.values == matrix.values).all()
 
 
 def test_not_a_number_passes_through_a_dense_layer():

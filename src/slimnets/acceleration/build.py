@@ -8,6 +8,7 @@ import numpy as np
 
 from slimnets.acceleration import codes
 from slimnets.acceleration.layout import (
+    CACHE_LINE,
     Layout,
     Tiling,
     block,
@@ -37,8 +38,6 @@ FIELDS = 24
 ADDRESSES = {codes.CONV: (3, 4, 5, 6, 11, 14, 16), codes.DENSE: (4, 5, 6, 11, 14)}
 """Fields of convolutions that point to their data."""
 
-CACHE_LINE = 64
-
 DENSE_GAIN = 3
 """Products of the dense kernel in the time of one of the sparse kernel."""
 
@@ -54,7 +53,7 @@ class Table:
     outputs: list[Shape]
     work: int  # in products of the sparse kernel
     owners: list[str]  # of each op: the name of its step, "" at the borders
-    data: Any = field(repr=False)  # what the addresses among the ops point to
+    data: Any = field(repr=False)  # kept, as addresses among the ops point to it
     dense_bytes: int  # of weights that are walked over whole
 
 
@@ -152,7 +151,15 @@ class _Builder:
         self.places[value] = self._allocate(self._layout(value))
         return self.places[value]
 
-    def _emit(self, op: list[int], step: Step | None = None, scale: float = 1.0) -> None:
+    def _emit(
+        self,
+        op: list[int],
+        step: Step | None = None,
+        scale: float = 1.0,
+        matrix: Matrix | None = None,
+    ) -> None:
+        if matrix:
+            self.matrices[len(self.ops)] = matrix
         self.ops.append(op)
         self.owners.append(step.name if step else "")
         limits = (step.low, step.high) if step else (-np.inf, np.inf)
@@ -167,7 +174,10 @@ class _Builder:
         return at
 
     def _together(self, ops: Any) -> Any:
-        """All arrays in one, which huge pages can back; ``ops`` get their addresses."""
+        """All arrays in one, which huge pages can back, and matrices, which tables share.
+
+        ``ops`` get their addresses.
+        """
         data = np.zeros(self.size + CACHE_LINE, np.uint8)
         begin = -data.ctypes.data % CACHE_LINE
         for at, array in self.data:
@@ -227,18 +237,19 @@ class _Builder:
             offsets, pitch = phases.offsets(weight), phases.layout.pitch
             at = self._split(source, at, phases)
         work = weight.products * image.shape.height * image.shape.width * self.samples
-        self.work += work // DENSE_GAIN if isinstance(weight, Matrix) else work
         if isinstance(weight, Matrix):
-            code, tiles = codes.DENSE, dense_tiling(image, pitch, weight.together)
-            walk, last = self._dense(step, weight, tiles, offsets)
+            code, self.work = codes.DENSE, self.work + work // DENSE_GAIN
+            tiles = dense_tiling(image, pitch, weight.together)
+            walk, at_once = self._dense(step, weight, tiles, offsets)
         else:
-            code, tiles = codes.CONV, tiling(image, pitch)
-            walk = self._sparse(step, weight, tiles, offsets)
-            last = self._array(image.mask(), np.int32) if tiles.masked else 0
+            code, self.work = codes.CONV, self.work + work
+            tiles = tiling(image, pitch)
+            walk, at_once = self._sparse(step, weight, tiles, offsets), 0
         op = [code, at, target, *walk, tiles.x_step, tiles.y_step]
         op += [self._array(tiles.starts, np.int32), len(tiles.starts), tiles.kind]
-        op += [self._array(step.bias, np.float32), residual, last, image.plane]
-        self._emit(op, step)
+        op += [self._array(step.bias, np.float32), residual]
+        op += [self._array(image.mask(), np.int32) if tiles.masked else 0, image.plane, at_once]
+        self._emit(op, step, matrix=weight if isinstance(weight, Matrix) else None)
 
     def _sparse(self, step: Conv, weight: NonZeros, tiles: Tiling, offsets: Any) -> list[int]:
         """Fields 3 to 8 of a sparse convolution."""
@@ -253,15 +264,14 @@ class _Builder:
     def _dense(
         self, step: Conv, weight: Matrix, tiles: Tiling, offsets: Any
     ) -> tuple[list[int], int]:
-        """Fields 3 to 8 of a dense convolution, and field 16."""
-        starts, groups = dense_blocks(step, weight, tiles, self.samples)
+        """Fields 3 to 8 of a dense convolution, and field 18."""
+        starts, at_once = dense_blocks(step, weight, tiles, self.samples)
         if len(starts) > 2:  # sums wait for the next block
-            sums = len(tiles.starts) * groups * weight.together * tiles.rows * tiles.width
+            sums = len(tiles.starts) * at_once * weight.together * tiles.rows * tiles.width
             self.scratch = max(self.scratch, sums)
-        self.matrices[len(self.ops)] = weight  # the values, which tables share
         walk = [0, self._array(offsets, np.int32), self._array(starts, np.int32)]
         walk += [self._array(weight.firsts, np.int32)]
-        return [*walk, len(starts) - 1, len(weight.values)], groups
+        return [*walk, len(starts) - 1, len(weight.values)], at_once
 
     def _taps(self, step: Conv, source: Layout) -> Any:
         """Where each weight reads, relative to the input of the first output."""

@@ -13,7 +13,7 @@ CONV           1 source, 2 target, 3 values*, 4 where each reads*, 5 pointers to
                16 mask* or 0, 17 plane of the target; * is an address in bytes
 DENSE          as CONV, but 3 values of one group of outputs after the other*, 4 where each column
                reads*, 5 where blocks of columns begin*, 6 first outputs of groups*, 8 groups,
-               16 groups whose values stay in the second-level cache
+               16 is 0, 18 groups whose values stay in the second-level cache
 POOL           1 source, 2 target, 3 channels, 4 samples; of the source 5-6 size, 7 row, 8 base,
                9 plane; of the target 10-11 size, 12 row, 13 base, 14 plane; 15-16 kernel,
                17-18 stride, 19-20 padding, 21-22 dilation, 23 what it does
@@ -25,11 +25,11 @@ ADD, COPY      1 source, 2 target, 3 other source, 4 floats
 """
 
 try:
-    from llvmlite.binding import get_host_cpu_features
     from numba import config
+    from numba.core.codegen import get_host_cpu_features  # without what its variables turn off
 
     _chosen = config.CPU_FEATURES  # type: ignore[attr-defined]
-    _features = (get_host_cpu_features().flatten() if _chosen is None else _chosen).split(",")
+    _features = (get_host_cpu_features() if _chosen is None else _chosen).split(",")
 except ImportError:  # Numba is not installed, and nothing runs this table
     _features = []
 

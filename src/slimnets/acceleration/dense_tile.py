@@ -124,7 +124,11 @@ class _DenseTile(Accumulator):
         b.position_at_end(done)
 
     def _turned(self, sums: list[Any]) -> list[Any]:
-        """The tile as vectors of neighbouring pixels, channel by channel, by perfect shuffles."""
+        """The tile as vectors of neighbouring pixels, channel by channel.
+
+        A perfect shuffle of all floats moves what stood half of them away next to each other; after
+        as many as double one to the number of pixels, all pixels of a channel stand together.
+        """
         half = len(sums) // 2
         rounds = half.bit_length()
         low = [i // 2 + self.width * (i % 2) for i in range(self.width)]

@@ -25,6 +25,7 @@ from slimnets.acceleration.codes import (
     KINDS,
     PHASE,
     POOL,
+    WIDE,
 )
 from slimnets.acceleration.dense_tile import dense_kernel
 from slimnets.acceleration.glue import border, elementwise, phase, pool
@@ -82,7 +83,7 @@ def _convolution(rows: int, width: int) -> Any:
 def _one_of(convolutions: Any) -> Any:
     """A function that calls the convolution of this number; there are at most ten."""
     last = convolutions[-1]
-    c0, c1, c2, c3, c4, c5, c6, c7, c8, _ = [*convolutions, *[last] * 10][:10]
+    c0, c1, c2, c3, c4, c5, c6, c7, c8, _ = [*convolutions, *[last] * (10 - len(convolutions))]
 
     # not nested: what is inlined into each other is compiled again at each level
     @njit(nogil=True)
@@ -119,7 +120,7 @@ def _dense_convolution(together: int, rows: int, width: int) -> Any:
     def convolve(op, lo, hi, arena, scratch, tile0, tile1, share, shares):
         vals, offs, pointers, firsts = op[3], op[4], op[5], op[6]
         blocks, groups, xs, ys, tiles = op[7], op[8], op[9], op[10], op[11]
-        bias, residual, at_once, plane = op[14], op[15], op[16], op[17]
+        bias, residual, plane, at_once = op[14], op[15], op[17], op[18]
         last, columns = groups * (share + 1) // shares, load_int(pointers, blocks)
         for g0 in range(groups * share // shares, last, at_once):
             for block in range(blocks):
@@ -199,7 +200,7 @@ def _compiled(kernel_version: int) -> Any:
 _OTHERS = (accumulate, codes, dense_tile, glue, halve, memory, tile)
 _SOURCES = b"".join(Path(module.__file__).read_bytes() for module in _OTHERS)
 
-interpret = _compiled(crc32(_SOURCES))
+interpret = _compiled(crc32(_SOURCES + repr((KINDS, DENSE_KINDS, WIDE)).encode()))
 """Run all steps as thread number ``thread`` of ``threads``, which share arena and barrier.
 
 ``threads`` is that of the table, or one.

@@ -10,6 +10,8 @@ from slimnets.acceleration.steps import Conv, Ints, Matrix, NonZeros, Shape
 L1_BYTES = 28 * 1024
 """What a block of input channels may take of the first-level cache (32 KiB on most cores)."""
 
+CACHE_LINE = 64
+
 L2_BYTES = 384 * 1024
 """What dense weights that several tiles share may take of the second-level cache."""
 
@@ -177,7 +179,7 @@ def block_size(conv: Conv, weight: NonZeros, tiles: Tiling, samples: int) -> int
 
 
 def dense_blocks(conv: Conv, weight: Matrix, tiles: Tiling, samples: int) -> tuple[Ints, int]:
-    """Where blocks of columns begin and end, and how many groups of outputs to take at once.
+    """Where blocks of columns begin and end, and how many groups of outputs are taken at once.
 
     The inputs of a block fit the first-level cache; its weights for these groups the second.
     """
@@ -185,11 +187,15 @@ def dense_blocks(conv: Conv, weight: Matrix, tiles: Tiling, samples: int) -> tup
     channels = np.arange(blocks + 1) * weight.inputs // blocks
     starts = channels * (weight.columns // weight.inputs)
     longest = int(np.diff(starts).max())
-    return starts, max(1, L2_BYTES // (4 * weight.together * longest))
+    fitting = max(1, L2_BYTES // (4 * weight.together * longest))
+    return starts, min(fitting, len(weight.values))
 
 
 def _fitting(conv: Conv, tiles: Tiling, samples: int) -> int:
     """How many channels of what a tile reads fit the first-level cache."""
-    reach = [d * (k - 1) for k, d in zip(conv.kernel, conv.dilation, strict=True)]
-    footprint = 64 * (tiles.rows + reach[0]) * -(-(tiles.width + reach[1] * samples) // 16)
+    kernel = conv.kernel
+    reach = [d * (k - 1) for k, d in zip(kernel, conv.dilation, strict=True)]
+    rows = min(tiles.rows + reach[0], tiles.rows * kernel[0])
+    floats = min(tiles.width + reach[1] * samples, tiles.width * kernel[1])
+    footprint = CACHE_LINE * rows * -(-4 * floats // CACHE_LINE)
     return max(1, L1_BYTES // footprint)

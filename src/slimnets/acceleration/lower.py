@@ -109,10 +109,10 @@ def _of_layer(m: nn.Module, source: fx.Node, form: Form | None) -> Known | None:
 
 def _worth_trying(m: Any) -> bool:
     """Whether the engine may win, or costs next to nothing (depthwise, for example)."""
-    size = m.weight.numel()
-    zeros = size - int(torch.count_nonzero(m.weight))
-    together = getattr(m, "groups", 1) == 1
-    return size > 0 and (together or zeros >= LEAST_ZEROS * size or size <= SMALL)
+    size = int(m.weight.numel())
+    if size <= SMALL or getattr(m, "groups", 1) == 1:
+        return size > 0
+    return bool(size - int(torch.count_nonzero(m.weight)) >= LEAST_ZEROS * size)
 
 
 def _is_flat(source: fx.Node) -> bool:

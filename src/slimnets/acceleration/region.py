@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimnets.acceleration.build import CACHE_LINE, Table, build
+from slimnets.acceleration.build import Table, build
 from slimnets.acceleration.engine import interpret
+from slimnets.acceleration.layout import CACHE_LINE
 from slimnets.acceleration.measure import shortest_times
 from slimnets.acceleration.steps import Shape, Step
 from slimnets.acceleration.threads import together
 
 ARENA_BYTES = 16 << 20
-"""What the activations of all samples computed at once may take: most of a last-level cache.
+"""What the activations of all samples computed at once may take: most of a last-level cache."""
 
-Or as much as dense weights, which are read again for every piece of a batch.
-"""
+MOST_ARENA_BYTES = 64 << 20
+"""What they may take at most where dense weights, which are read for every piece of a batch, do."""
 
 MOST_SAMPLES = 256
 SHAPES_KEPT = 8
@@ -68,7 +69,8 @@ class _Plan:
     def pieces(self, batch: int, threads: int = 1) -> list[tuple[int, int]]:
         """Cut the samples into (first, number): powers of two that fit a cache."""
         table = self.table(1)
-        most = min(MOST_SAMPLES, max(ARENA_BYTES, table.dense_bytes) // (4 * table.arena))
+        fitting = max(ARENA_BYTES, min(table.dense_bytes, MOST_ARENA_BYTES))
+        most = min(MOST_SAMPLES, fitting // (4 * (table.arena + table.scratch)))
         if threads > 1:
             most = min(most, batch // threads)
         first, found = 0, []

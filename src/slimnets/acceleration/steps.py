@@ -83,6 +83,14 @@ class NonZeros:
         return cls(outputs, inputs * groups, row, channel, ky, kx, values, local)
 
 
+def _aligned(*shape: int) -> Floats:
+    """Memory for vectors of which none lies across two cache lines."""
+    size = math.prod(shape)
+    memory = np.empty(size + FEW, np.float32)
+    begin = -memory.ctypes.data % (4 * FEW) // 4
+    return memory[begin : begin + size].reshape(shape)
+
+
 @dataclass
 class Matrix:
     """A weight with few zeros, as (group of outputs, input channel and tap, output of the group).
@@ -104,13 +112,16 @@ class Matrix:
         # twice as many take less time for each, unless the last group repeats too much
         better = WIDE and outputs >= 2 * FEW and 1.4 * many <= few
         groups, size = (many, 2 * FEW) if better else (few, FEW)
-        memory = np.empty(groups * rows.shape[1] * size + FEW, np.float32)
-        begin = -memory.ctypes.data % (4 * FEW) // 4  # no vector across two cache lines
-        values = memory[begin : begin + len(memory) - FEW].reshape(groups, -1, size)
+        values = _aligned(groups, rows.shape[1], size)
         matrix = cls(outputs, inputs, (kernel[0], kernel[1]), values)
         for group, first in zip(matrix.values, matrix.firsts, strict=True):
             group[:] = rows[first : first + size].T
         return matrix
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        values = _aligned(*state["values"].shape)
+        values[:] = state["values"]
+        self.__dict__.update(state, values=values)
 
     @property
     def together(self) -> int:
@@ -144,8 +155,9 @@ Weight = NonZeros | Matrix
 
 def is_full(weight: Floats, groups: int = 1) -> bool:
     """Whether all of ``weight`` (outputs, inputs of a group, ...) is walked over."""
-    together = groups == 1 and len(weight) >= FEW
-    return together and bool(np.count_nonzero(weight) >= DENSE_FROM * weight.size > 0)
+    if groups > 1 or len(weight) < FEW or not weight.size:
+        return False
+    return bool(np.count_nonzero(weight) >= DENSE_FROM * weight.size)
 
 
 def weight_of(weight: Floats, groups: int = 1) -> Weight:
