@@ -169,7 +169,8 @@ compared with it. Everything is relative to it, and it teaches the runs that are
   by low-rank pairs of 0.3 of their full rank; `spatialpaper`: of the paper's ranks.
   `gradual75global`: 75 % of all weights together, not of each layer. `gradualtapered`: fewer zeros
   in early layers (`TAPERED` in `examples/paper/runs.py`). `distilled3`: taught by the reference and
-  two more networks (`BESIDE` there).
+  two more networks (`BESIDE` there). What is pruned twice to the same share keeps its zeros, and is
+  only trained on, as is a factorized network that is distilled once more (`again` there).
 - `accuracy` is that after the last epoch, mean ± standard deviation over seeds, in per cent;
   `of dense` is its share of the reference's. `epochs` include those of the network that a run goes
   on with; where they are more than the reference's, they are marked with *. `vgg19-then-dense` is

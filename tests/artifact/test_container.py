@@ -210,16 +210,21 @@ def test_a_killed_save_leaves_a_whole_file(tmp_path: Path) -> None:
     generator = random.Random(0)
     cut_short = 0
     for _ in range(50):
+        begun, begins = os.pipe()
         child = os.fork()
         if not child:
             try:
                 while True:
+                    os.write(begins, b"!")
                     write(path, generator.randbytes(1) * size)
             finally:
                 os._exit(1)
+        os.read(begun, 1)  # on a busy machine it would not have begun
         time.sleep(generator.uniform(0.0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(begun)
+        os.close(begins)
         data = path.read_bytes()
         assert data == data[:1] * size
         for left in tmp_path.glob(".slimnets-*"):

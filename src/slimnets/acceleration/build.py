@@ -17,6 +17,7 @@ from slimnets.acceleration.layout import (
     dense_tiling,
     tiling,
 )
+from slimnets.acceleration.phases import Phases
 from slimnets.acceleration.steps import (
     Add,
     Clamp,
@@ -28,7 +29,6 @@ from slimnets.acceleration.steps import (
     Pool,
     Shape,
     Step,
-    Weight,
 )
 
 SLACK = 4096
@@ -233,7 +233,7 @@ class _Builder:
         if step.stride == (1, 1):
             offsets, pitch = self._taps(step, source), source.pitch
         else:
-            phases = _Phases(step, source.shape, image, self.samples)
+            phases = Phases(step, source.shape, image, self.samples)
             offsets, pitch = phases.offsets(weight), phases.layout.pitch
             at = self._split(source, at, phases)
         work = weight.products * image.shape.height * image.shape.width * self.samples
@@ -280,7 +280,7 @@ class _Builder:
         x = kx * step.dilation[1] + source.left - step.padding[2]
         return channel * np.int64(source.plane) + (y * source.pitch + x) * self.samples
 
-    def _split(self, source: Layout, at: int, phases: "_Phases") -> int:
+    def _split(self, source: Layout, at: int, phases: Phases) -> int:
         """Gather the rows and columns that a strided convolution reads, phase by phase."""
         layout, s = phases.layout, source.shape
         place = self._allocate(layout)
@@ -320,34 +320,3 @@ class _Builder:
             layout = self._layout(source)
             self._emit([codes.COPY, self.places[source], to, 0, layout.floats], step)
             to += layout.floats
-
-
-class _Phases:
-    """The input of a strided convolution, cut so that the convolution has stride one."""
-
-    def __init__(self, step: Conv, image: Shape, target: Layout, samples: int) -> None:
-        self.step = step
-        self.stride, self.padding, self.dilation = step.stride, step.padding, step.dilation
-        top, bottom, left, right = step.padding
-        height = -(-(image.height + top + bottom) // step.stride[0])
-        width = -(-(image.width + left + right) // step.stride[1])
-        taps = [(y, x) for y in range(step.kernel[0]) for x in range(step.kernel[1])]
-        self.used = sorted({self._phase(y, x) for y, x in taps})
-        shape = Shape(image.channels * len(self.used), height, width)
-        # with the pitch of the output, tiles can run on over the ends of rows
-        self.layout = Layout(shape, samples, gap=max(target.pitch - width, 0))
-
-    def _phase(self, ky: int, kx: int) -> tuple[int, int]:
-        return ky * self.dilation[0] % self.stride[0], kx * self.dilation[1] % self.stride[1]
-
-    def offsets(self, weight: Weight) -> Any:
-        """Where each weight reads, relative to the input of the first output."""
-        channel, ky, kx = weight.places
-        y, x = ky * self.dilation[0], kx * self.dilation[1]
-        sh, sw = self.stride
-        number = np.zeros((sh, sw), np.int64)
-        for i, phase in enumerate(self.used):
-            number[phase] = i
-        plane = channel * np.int64(len(self.used)) + number[y % sh, x % sw]
-        layout = self.layout
-        return plane * layout.plane + (y // sh * layout.pitch + x // sw) * layout.samples
