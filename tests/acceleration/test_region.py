@@ -22,6 +22,14 @@ from slimnets.acceleration.trace import Recorder, trace
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 TOLERANCE = 1e-5
+CONVOLUTIONS = {
+    "kernel": st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    "stride": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    "padding": st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    "dilation": st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    "image": st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    "batch": st.sampled_from([1, 2, 3, 7, 16, 21]),
+}
 
 
 def in_engine(model: nn.Module, x: torch.Tensor) -> tuple[fx.GraphModule, list[Region]]:
@@ -57,12 +65,7 @@ def thin(layer: nn.Module, density: float) -> nn.Module:
 @given(
     groups=st.sampled_from([1, 1, 2, 3]),
     channels=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    image=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    batch=st.sampled_from([1, 2, 3, 7, 16, 21]),
+    **CONVOLUTIONS,
     density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     bias=st.booleans(),
 )
@@ -79,12 +82,7 @@ def test_convolution(
 @FUZZ
 @given(
     channels=st.tuples(st.integers(1, 40), st.sampled_from([16, 17, 31, 32, 33, 48, 70])),
-    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    image=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    batch=st.sampled_from([1, 2, 3, 7, 16, 21]),
+    **CONVOLUTIONS,
     density=st.sampled_from([0.6, 1.0]),
 )
 def test_dense_convolution(channels, kernel, stride, padding, dilation, image, batch, density):

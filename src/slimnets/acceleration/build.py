@@ -8,7 +8,6 @@ import numpy as np
 
 from slimnets.acceleration import codes
 from slimnets.acceleration.layout import (
-    CACHE_LINE,
     Layout,
     Tiling,
     block,
@@ -19,6 +18,7 @@ from slimnets.acceleration.layout import (
 )
 from slimnets.acceleration.phases import Phases
 from slimnets.acceleration.steps import (
+    CACHE_LINE,
     Add,
     Clamp,
     Concat,
@@ -29,6 +29,7 @@ from slimnets.acceleration.steps import (
     Pool,
     Shape,
     Step,
+    aligned,
 )
 
 SLACK = 4096
@@ -178,14 +179,13 @@ class _Builder:
 
         ``ops`` get their addresses.
         """
-        data = np.zeros(self.size + CACHE_LINE, np.uint8)
-        begin = -data.ctypes.data % CACHE_LINE
+        data = aligned(self.size // 4).view(np.uint8)
         for at, array in self.data:
-            data[begin + at : begin + at + array.nbytes] = array
+            data[at : at + array.nbytes] = array
         for code, addresses in ADDRESSES.items():
             for column in addresses:
                 used = (ops[:, 0] == code) & (ops[:, column] > 0)
-                ops[used, column] += data.ctypes.data + begin
+                ops[used, column] += data.ctypes.data
         for i, matrix in self.matrices.items():
             ops[i, 3] = matrix.values.ctypes.data
         return data, self.matrices

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimnets.acceleration.codes import DENSE_KINDS, KINDS
-from slimnets.acceleration.steps import Conv, Ints, Matrix, NonZeros, Shape
+from slimnets.acceleration.steps import CACHE_LINE, Conv, Ints, Matrix, NonZeros, Shape
 
 L1_BYTES = 28 * 1024
 """What a block of input channels may take of the first-level cache (32 KiB on most cores)."""
-
-CACHE_LINE = 64
 
 L2_BYTES = 384 * 1024
 """What dense weights that several tiles share may take of the second-level cache."""

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from slimnets.acceleration.build import Table, build
 from slimnets.acceleration.engine import interpret
-from slimnets.acceleration.layout import CACHE_LINE
 from slimnets.acceleration.measure import shortest_times
-from slimnets.acceleration.steps import Shape, Step
+from slimnets.acceleration.steps import Shape, Step, aligned
 from slimnets.acceleration.threads import together
 
 ARENA_BYTES = 16 << 20
@@ -145,9 +144,9 @@ Sizes = tuple[tuple[int, ...], ...]
 
 
 def _zeros(floats: int) -> tuple[Any, int]:
-    """Memory, and the address of the first cache line in it."""
-    memory = np.zeros(floats + 64 + 16, np.float32)
-    return memory, -(-memory.ctypes.data // CACHE_LINE) * CACHE_LINE
+    """Memory that begins with a cache line, and its address."""
+    memory = aligned(floats + 64)
+    return memory, int(memory.ctypes.data)
 
 
 class Region(nn.Module):

@@ -16,6 +16,7 @@ from slimnets.acceleration.codes import FEW, WIDE
 Floats = NDArray[np.float32]
 Ints = NDArray[np.integer[Any]]
 INFINITY = math.inf
+CACHE_LINE = 64
 
 DENSE_FROM = 0.45
 """Share of non-zeros from which walking over all weights takes less time than over those."""
@@ -83,11 +84,11 @@ class NonZeros:
         return cls(outputs, inputs * groups, row, channel, ky, kx, values, local)
 
 
-def _aligned(*shape: int) -> Floats:
-    """Memory for vectors of which none lies across two cache lines."""
+def aligned(*shape: int) -> Floats:
+    """Zeros that begin with a cache line."""
     size = math.prod(shape)
-    memory = np.empty(size + FEW, np.float32)
-    begin = -memory.ctypes.data % (4 * FEW) // 4
+    memory = np.zeros(size + CACHE_LINE // 4, np.float32)
+    begin = -memory.ctypes.data % CACHE_LINE // 4
     return memory[begin : begin + size].reshape(shape)
 
 
@@ -112,14 +113,14 @@ class Matrix:
         # twice as many take less time for each, unless the last group repeats too much
         better = WIDE and outputs >= 2 * FEW and 1.4 * many <= few
         groups, size = (many, 2 * FEW) if better else (few, FEW)
-        values = _aligned(groups, rows.shape[1], size)
+        values = aligned(groups, rows.shape[1], size)  # no vector across two cache lines
         matrix = cls(outputs, inputs, (kernel[0], kernel[1]), values)
         for group, first in zip(matrix.values, matrix.firsts, strict=True):
             group[:] = rows[first : first + size].T
         return matrix
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        values = _aligned(*state["values"].shape)
+        values = aligned(*state["values"].shape)
         values[:] = state["values"]
         self.__dict__.update(state, values=values)
 
