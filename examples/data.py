@@ -78,9 +78,7 @@ class ImageData(L.LightningDataModule):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Bytes (..., channels, height, width) as floats of about mean 0 and variance 1."""
-        mean, std = (
-            torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std)
-        )
+        mean, std = (_of_channels(values, images.device) for values in (self.mean, self.std))
         return (images - mean) / std
 
     def _loader(self, images: Images, shuffle: bool = False) -> DataLoader[Batch]:
@@ -170,6 +168,11 @@ def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
         rows[:, None, :, None],
         columns[:, None, None, :],
     ]
+
+
+@cache  # copying to a GPU would wait for all that it has to do
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:

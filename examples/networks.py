@@ -176,6 +176,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{f"vgg{depth}": partial(VGG, depth) for depth in CONFIGURATIONS},
     **{f"vgg{depth}-plain": partial(VGG, depth, batch_norm=False) for depth in CONFIGURATIONS},
     "vgg19-quarter": partial(VGG, 19, width=0.25),
+    "resnet10": ResNet10,
     "resnet10-small": partial(ResNet10, width=0.375),
     "resnet10-medium": partial(ResNet10, width=0.4375),
     "nin": NIN,

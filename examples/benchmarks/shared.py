@@ -46,6 +46,8 @@ def machine(*packages: str) -> dict[str, str]:
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     found["processor"] = models[0] if models else platform.processor()
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
+    if torch.cuda.is_initialized():
+        found["gpu"] = torch.cuda.get_device_name()
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from runs import REFERENCE, Run
+from runs import CONTROL, REFERENCE, Run
 
 Figures = list[dict[str, Any]]  # of one run, one for each seed
 
@@ -42,10 +42,23 @@ class Results:
         """Of every seed."""
         return self.found.get(run.name, [])
 
+    def first(self, runs: Iterable[Run]) -> Run | None:
+        """The first of ``runs`` that there are figures of."""
+        return next((run for run in runs if self.of(run)), None)
+
+    @property
+    def dense(self) -> Figures:
+        """Of what all is compared with: the reference, or the reference trained on if it is better.
+
+        What begins with the reference has more epochs than it, and no more than that.
+        """
+        both = [self.of(run) for run in (REFERENCE, CONTROL) if self.of(run)]
+        return max(both, key=lambda figures: mean(accuracies(figures)))
+
     @property
     def reference(self) -> float:
         """The accuracy of the dense network."""
-        return mean(accuracies(self.of(REFERENCE)))
+        return mean(accuracies(self.dense))
 
     def relative(self, figures: Figures, form: str = "float32") -> float:
         """Accuracy as a share of the dense network's."""
@@ -57,9 +70,9 @@ class Results:
         return "†" if own and own != reference else ""
 
     def trained_for(self, figures: Figures) -> str:
-        """Epochs, marked if they are more than those of the reference, and seeds."""
+        """Epochs, marked if they are more than those of the dense network, and seeds."""
         epochs = figures[0]["epochs"]
-        mark = "*" if epochs > self.of(REFERENCE)[0]["epochs"] else ""
+        mark = "*" if epochs > self.dense[0]["epochs"] else ""
         return f"{epochs:g}{mark}, {len(figures)}"
 
 

@@ -40,6 +40,7 @@ def measured(
         devices=1,
         limit_val_batches=settings.batches,
         logger=False,
+        enable_progress_bar=settings.processes == 1,
         enable_model_summary=False,
     )
     files = {}
@@ -50,8 +51,9 @@ def measured(
         loaded = slimnets.load(stored, NETWORKS[run.network]()).eval()
         if "bits" in arguments:  # so few that the means and variances of batch norm change
             torch.manual_seed(0)
-            update_bn(_augmented(data), loaded)
-            slimnets.save(loaded, stored, **arguments)
+            device = tester.strategy.root_device
+            update_bn(_augmented(data), loaded.to(device), device)
+            slimnets.save(loaded.cpu(), stored, **arguments)
         if tester.strategy.root_device.type == "cpu":
             loaded = slimnets.accelerate(loaded, image)
         (found,) = tester.validate(Classifier(loaded), data, verbose=False)

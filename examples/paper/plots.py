@@ -7,8 +7,11 @@ from figures import Results, effort, mean, measured
 from matplotlib.figure import Figure
 from runs import (
     BEST,
+    BY_TWO,
     FACTORIZED_BY_THREE,
+    FACTORIZED_BY_TWO,
     PRUNED_BY_THREE,
+    PRUNED_BY_TWO,
     RANKS,
     REFERENCE,
     SMALL,
@@ -69,7 +72,8 @@ def plot_bytes(results: Results, path: Path) -> int:
     )
     for name, point in PAPER_POINTS.items():
         axes.annotate(name, point, **NEAR)
-    if best := results.of(BEST):
+    if run := results.first((BEST, BY_TWO)):
+        best = results.of(run)
         point = (best[0]["files"]["int6"]["bytes"], results.relative(best, "int6"))
         axes.annotate(BEST.network, point, **NEAR)
     axes.set(xscale="log", xlabel="bytes (the paper's: of the non-zero weights)")
@@ -148,7 +152,10 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
             for name, kind in kinds.items()
         }
         if network == REFERENCE:
-            by_three = [(100 * s, run) for s, run in PRUNED_BY_THREE.items()]
+            by_two, by_three = (
+                [(100 * s, run) for s, run in by.items()] for by in (PRUNED_BY_TWO, PRUNED_BY_THREE)
+            )
+            zeros["gradual, all weights together, distilled from two"] = by_two
             zeros["gradual, all weights together, distilled from three"] = by_three
             zeros["the same, trained on"] = [(s, again(run)) for s, run in by_three]
         draw(
@@ -164,6 +171,7 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
         if network == REFERENCE:
             curves["spatial, the paper's ranks"] = [factorized("paper")]
             curves["spatial, the paper's ranks, distilled"] = [factorized("paper", distilled=True)]
+            curves["spatial, the paper's ranks, distilled from two"] = [FACTORIZED_BY_TWO]
             curves["spatial, the paper's ranks, distilled from three"] = [FACTORIZED_BY_THREE]
             curves["the same, trained on"] = [again(FACTORIZED_BY_THREE)]
         draw(

@@ -7,11 +7,14 @@ from answers import digest_of_images
 from runs import REFERENCE, Run
 from settings import Settings
 
+FREE = ("epochs", "answers", "batch_size", "learning_rate")
+"""Settings that each run has of its own."""
+
 
 def recorded(settings: Settings) -> dict[str, Any]:
     """All of it, as JSON."""
     found = asdict(settings)
-    for elsewhere in ("folder", "data_dir"):
+    for elsewhere in ("folder", "data_dir", "processes"):
         del found[elsewhere]
     found["reference"] = settings.reference.name if settings.reference else None
     return {**found, "images": digest_of_images(settings.data_dir)}
@@ -20,10 +23,11 @@ def recorded(settings: Settings) -> dict[str, Any]:
 def unlike(run: Run, settings: Settings, before: dict[str, Any]) -> list[str]:
     """How what was recorded ``before`` for ``run`` differs from ``settings``.
 
-    Other epochs and answers are no difference: runs go on with others that had more.
+    How long, how fast and in which batches is no difference: a student may be trained in another
+    way than what teaches it.
     """
     now = recorded(settings)
-    keys = set(now) - {"epochs", "answers", "device"}
+    keys = set(now) - {*FREE, "device"}
     if run == REFERENCE and settings.reference:
         keys = {"reference", "reference_epochs", "images", "held_out"}
     return [

@@ -8,10 +8,7 @@ What is finished is not done again, and a run that was interrupted goes on from 
 """
 
 import argparse
-import logging
 import sys
-import time
-import warnings
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,14 +16,12 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[1]
 sys.path += map(str, (EXAMPLES, EXAMPLES / "benchmarks"))
 
-import torch  # noqa: E402
 from measure import add_speed  # noqa: E402
-from networks import NETWORKS  # noqa: E402
+from provenance import FREE  # noqa: E402
 from runs import REFERENCE, TABLES, Run, needed  # noqa: E402
+from schedule import quiet, train_all  # noqa: E402
 from settings import FOLDER, Settings  # noqa: E402
 from train import result  # noqa: E402
-
-import slimnets  # noqa: E402
 
 
 def chosen(tables: list[str], globs: list[str]) -> list[Run]:
@@ -34,33 +29,6 @@ def chosen(tables: list[str], globs: list[str]) -> list[Run]:
     listed = [one for name in tables for run in TABLES[name] for one in needed(run)]
     asked = [run for run in listed if any(fnmatch(run.name, glob) for glob in globs)]
     return list(dict.fromkeys(one for run in asked for one in needed(run)))
-
-
-def train_all(queue: list[tuple[Run, int]], settings: Settings) -> None:
-    """Train runs with their seeds, and say how long the rest will take.
-
-    A run is expected to take as long as those of its network so far; of a network that there was
-    none of yet, as long as their multiplications suggest.
-    """
-    image = torch.zeros(1, 3, 32, 32)
-    macs = {
-        name: slimnets.summarize(NETWORKS[name](), image).total.macs
-        for name in {run.network for run, _ in queue}
-    }
-    spent: dict[str, list[float]] = {}
-    for number, (run, seed) in enumerate(queue, start=1):
-        start = time.time()
-        figures = result(run, seed, settings)
-        spent.setdefault(run.network, []).append(time.time() - start)
-        mean = {name: sum(times) / len(times) for name, times in spent.items()}
-        rate = sum(mean.values()) / sum(macs[name] for name in mean)
-        rest = sum(mean.get(one.network, rate * macs[one.network]) for one, _ in queue[number:])
-        print(
-            f"{run.name}, seed {seed}: {figures['files']['float32']['accuracy']:.2%} after "
-            f"{figures['epochs']:g} epochs; {len(queue) - number} runs and about "
-            f"{rest / 60:.0f} minutes left",
-            flush=True,
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -93,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--learning-rate", type=float, help="of all, to compare some on --held-out images")
     add("--device", default="auto", help="an accelerator of Lightning's: cpu, cuda, ...")
     add("--precision", default="32-true", help="of the Trainer, for example bf16-mixed")
+    add("--processes", type=int, default=1, help="runs to train at the same time, on one device")
     add("--time-again", action="store_true", help="measure speeds anew, with nothing else running")
     add("--batches", type=int, help="a limit for each epoch, to see that everything runs")
     options = parser.parse_args(arguments)
@@ -100,30 +69,29 @@ def main(arguments: list[str] | None = None) -> None:
         if options.reference:
             parser.error("--reference: say by --reference-epochs how long it was trained")
         options.reference_epochs = 30
-    for name in ("epochs", "reference_epochs", "seeds", "batch_size"):
+    for name in ("epochs", "reference_epochs", "seeds", "batch_size", "processes"):
         if (value := getattr(options, name)) <= 0:
             parser.error(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
     settings = Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)})
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", ".*does not have many workers")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    quiet()
 
     names = list(TABLES) if "all" in options.tables else options.tables
     runs = chosen(names, options.only)
     if not runs:
         parser.error(f"--only {' '.join(options.only)}: no run of {', '.join(names)} is called so")
     queue = [(run, seed) for seed in range(options.seeds) for run in runs if run != REFERENCE]
-    left = [one for one in queue if not settings.path(*one).exists()]
-    print(f"{len(queue) - len(left)} of {len(queue)} runs are finished", flush=True)
-    for run, seed in (one for one in queue if one not in left):
+    queue.insert(0, (REFERENCE, 0))
+    finished = [one for one in queue if settings.path(*one).exists()]
+    print(f"{len(finished)} of {len(queue)} runs are finished", flush=True)
+    for run, seed in finished:
         before = result(run, seed, settings)["settings"]
-        for name in ("epochs", "answers"):
+        for name in FREE if run != REFERENCE else ():
             if before[name] != getattr(settings, name):
-                print(f"{run.name}, seed {seed}, stays as it was with --{name} {before[name]:g}")
-    result(REFERENCE, 0, settings)
-    train_all(left, settings)
+                option = name.replace("_", "-")
+                print(f"{run.name}, seed {seed}, stays as it was with --{option} {before[name]}")
+    train_all([(*one, settings) for one in queue], settings.processes)
     if not settings.batches:
-        for run, seed in [(REFERENCE, 0), *queue]:
+        for run, seed in queue:
             add_speed(run, seed, settings, options.time_again)
 
 

@@ -134,9 +134,9 @@ def page(results: Results, pictures: dict[str, str], options: argparse.Namespace
         "## Where the targets stand",
         TARGETS_HERE,
         targets(results),
-        "## The network that is kept",
-        KEPT_HERE,
     ]
+    if results.of(BEST):
+        parts += ["## The network that is kept", KEPT_HERE]
     for title, (runs, columns) in sections.items():
         if rows := table(results, runs, columns):
             parts += [f"## {title}", rows]
@@ -150,31 +150,35 @@ def page(results: Results, pictures: dict[str, str], options: argparse.Namespace
         commands(results),
         f"and this page written by `python examples/paper/results.py {given}`.",
     ]
-    return "\n\n".join([HEADING.format(data=options.data), *parts]) + "\n"
+    heading = HEADING.format(data=options.data, machines=trained_on(results))
+    return "\n\n".join([heading, *parts]) + "\n"
 
 
 HEADING = """# The paper's tables, trained with slimnets
 
 SlimNets (arXiv 1808.00496) compresses VGG-19 on CIFAR-10 by gradual pruning, low-rank convolutions,
 distillation, and by all of them together. This page repeats its experiments with slimnets, as far
-as they have been trained. Images: {data}."""
+as they have been trained. Images: {data}.
+Trained on: {machines}."""
 
-HEAD = """**The reference, `vgg19`, classifies {reference:.2%} of {measured_on} correctly, after
+HEAD = """**The reference, `{dense}`, classifies {reference:.2%} of {measured_on} correctly, after
 {epochs:g} epochs with one seed; the paper's had 92.4 %.** A weak reference flatters whatever is
-compared with it. Everything is relative to it, and it teaches the runs that are called
+compared with it. Everything is relative to it, and `vgg19` teaches the runs that are called
 `distilled`{answers}.
 
 - `A-then-B` is the trained network A, changed by B and trained on. `gradual75` and `oneshot75`:
   75 % zeros, reached gradually or at the first step. `spatial0.3`, `channel0.3`: layers replaced
   by low-rank pairs of 0.3 of their full rank; `spatialpaper`: of the paper's ranks.
   `gradual75global`: 75 % of all weights together, not of each layer. `gradualtapered`: fewer zeros
-  in early layers (`TAPERED` in `examples/paper/runs.py`). `distilled3`: taught by the reference and
-  two more networks (`BESIDE` there). What is pruned twice to the same share keeps its zeros, and is
-  only trained on, as is a factorized network that is distilled once more (`again` there).
+  in early layers (`TAPERED` in `examples/paper/runs.py`). `distilled2`, `distilled3`: taught by one
+  or two more networks, too (`LARGE`, `BESIDE` there). What is pruned twice to the same share keeps
+  its zeros, and is only trained on, as is a factorized network that is distilled once more (`again`
+  there).
 - `accuracy` is that after the last epoch, mean ± standard deviation over seeds, in per cent;
   `of dense` is its share of the reference's. `epochs` include those of the network that a run goes
   on with; where they are more than the reference's, they are marked with *. `vgg19-then-dense` is
-  the reference trained on in the same way, without compression. A `-` was not measured.
+  `vgg19` trained on in the same way, without compression; where it is better, it is the reference.
+  A `-` was not measured.
 - `bytes` are those of the file of `slimnets.save`, and how many times smaller it is than the dense
   network's of `torch.save` ({dense_bytes:,} bytes). `int8` is saved with `dtype=torch.int8`; `int6`
   with `bits=6` besides, and with batch norm's statistics taken anew, from 10,000 training images,
@@ -199,7 +203,7 @@ KEPT_HERE = f"""`examples/paper/{BEST.network}.safetensors` is the int6 file of
 
 def head(results: Results) -> str:
     """What was compared with what, and what the words mean."""
-    reference = results.of(REFERENCE)[0]
+    reference, dense = results.of(REFERENCE)[0], results.dense[0]
     held_out = results.settings["held_out"]
     taught = [one for one in results.found.values() if one[0].get("distillation")]
     answers = {one[0]["settings"]["answers"] for one in taught} - {0}
@@ -207,9 +211,10 @@ def head(results: Results) -> str:
     timed = timed_on([reference])
     elsewhere = {timed_on(one) for one in results.found.values() if results.elsewhere(one)}
     return HEAD.format(
+        dense=dense["run"],
         reference=results.reference,
         measured_on=f"{held_out:,} held-out training images" if held_out else "the test images",
-        epochs=reference["epochs"],
+        epochs=dense["epochs"],
         answers=f", by the mean of its logits for {spelled} augmentations of an image"
         if answers
         else "",
@@ -219,6 +224,15 @@ def head(results: Results) -> str:
         if elsewhere
         else "",
     )
+
+
+def trained_on(results: Results) -> str:
+    """The processors."""
+    machines = [one["machine"] for figures in results.found.values() for one in figures]
+    spelled = {
+        "{}, torch {torch}".format(one.get("gpu", one["processor"]), **one) for one in machines
+    }
+    return "; ".join(sorted(spelled))
 
 
 def commands(results: Results) -> str:

@@ -27,6 +27,7 @@ class Settings:
             mean of their answers; 0 to ask them at every step.
         learning_rate: The largest of the cycle; None for that of each run.
         batches: A limit for each epoch, for tests.
+        processes: Runs trained at the same time; several would show their progress over each other.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Settings:
     device: str = "auto"
     precision: str = "32-true"
     batches: int | None = None
+    processes: int = 1
 
     def epochs_of(self, run: Run) -> float:
         """The epochs of one run, without those of the run that it goes on with."""

@@ -138,7 +138,9 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
             *methods(run, "" if teachers else "network."),
             history,
             ExactResume(),
-            ModelCheckpoint(checkpoints, filename="{epoch}"),
+            ModelCheckpoint(
+                checkpoints, filename="{epoch}", every_n_epochs=math.ceil(math.ceil(epochs) / 10)
+            ),
         ],
         **_trainer_settings(settings),
     )
@@ -219,5 +221,6 @@ def _trainer_settings(settings: Settings) -> dict[str, Any]:
         "precision": settings.precision,
         "limit_val_batches": settings.batches,
         "logger": False,
+        "enable_progress_bar": settings.processes == 1,
         "enable_model_summary": False,
     }

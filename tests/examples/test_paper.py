@@ -67,7 +67,7 @@ for folder in ("straight", "interrupted"):
             train.methods = methods
     train.result(run, 0, settings)
 try:
-    train.result(run, 0, replace(settings, learning_rate=0.5))
+    train.result(run, 0, replace(settings, precision="bf16-true"))
 except ValueError as error:
     print(error)
 """
@@ -108,6 +108,19 @@ if child and os.waitpid(child, 0)[1]:
 """
 
 
+TOGETHER = """
+import sys
+import reproduce
+try:
+    reproduce.main(["students", "--only", "snn-1k", "snn-1k-distilled", "--data-dir", sys.argv[1],
+                    "--reference", "missing.safetensors", "--reference-epochs", "7",
+                    "--folder", "paper", "--epochs", "1", "--batches", "2", "--batch-size", "8",
+                    "--seeds", "2", "--device", "cpu", "--processes", "2"])
+except SystemExit as stop:
+    print(stop)
+"""
+
+
 def run(program: str, folder: Path, images: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-c", program, images],
@@ -124,7 +137,7 @@ def run(program: str, folder: Path, images: Path) -> str:
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, images: Path) -> None:
     said = run(INTERRUPTED, tmp_path, images)
-    assert "was made with learning_rate=None, now 0.5; give another folder" in said
+    assert "was made with precision=32-true, now bf16-true; give another folder" in said
     name = "cnn-1k-gradual75-spatial0.5-seed0"
     straight, interrupted = (
         json.loads((tmp_path / folder / f"{name}.json").read_text())
@@ -140,6 +153,26 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, images: Path) ->
 def test_two_processes_may_write_the_same_at_once(tmp_path: Path, images: Path) -> None:
     run(TWO_PROCESSES, tmp_path, images)
     assert json.loads((tmp_path / "figures.json").read_text()) == {"run": "cnn-1k"}
+
+
+@pytest.mark.slow
+def test_some_runs_at_the_same_time_and_what_fails_is_told_after_all_others(
+    tmp_path: Path, images: Path
+) -> None:
+    first, *said = run(TOGETHER, tmp_path, images).splitlines()
+    assert first == "0 of 5 runs are finished"
+    assert sorted(line.split(":")[0] for line in said[:3]) == [
+        "failed",
+        "snn-1k, seed 0",
+        "snn-1k, seed 1",
+    ]
+    assert said[3] == "not trained:"
+    assert said[4].startswith("vgg19, seed 0: FileNotFoundError(")
+    assert said[5:] == [
+        f"snn-1k-distilled, seed {seed}: begins with one of them" for seed in (0, 1)
+    ]
+    trained = {path.name for path in (tmp_path / "paper").glob("*.json")}
+    assert trained == {"snn-1k-seed0.json", "snn-1k-seed1.json"}
 
 
 @pytest.mark.nightly

@@ -31,6 +31,7 @@ def write(
     epochs: float = 10,
     speed: float | None = None,
     processor: str = "some",
+    gpu: bool = False,
     **settings: Any,
 ) -> None:
     forms = {"float32": 2_000_000, "int8": 500_000}
@@ -43,6 +44,7 @@ def write(
         "settings": {**SETTINGS, **settings},
         "files": {form: {"bytes": n, "accuracy": accuracy} for form, n in forms.items()},
         "dense_bytes": 80_000_000,
+        "machine": {"processor": "some", "torch": "2", **({"gpu": "a GPU"} if gpu else {})},
         **dict.fromkeys(("weights", "nonzeros", "macs", "effective_macs"), 1000 + seed),
     }
     if speed:
@@ -130,6 +132,25 @@ def test_the_page(tmp_path: Path) -> None:
     assert len(pictures) == 4
     for picture in pictures:
         assert (tmp_path / picture[picture.index("(") + 1 : -1]).stat().st_size > 1000
+
+
+def test_all_is_compared_with_the_reference_trained_on_where_that_is_better(tmp_path: Path) -> None:
+    write(tmp_path, "vgg19", 0.9, epochs=100, gpu=True)
+    write(tmp_path, "vgg19-then-dense", 0.91, epochs=110, gpu=True)
+    write(tmp_path, "vgg19-then-gradual75global-distilled2", 0.905, epochs=110)
+    write(tmp_path, "vgg19-then-gradual95global-distilled2", 0.906, epochs=111)
+    assert results(tmp_path) == [str(tmp_path / "results.md")]
+    page = (tmp_path / "results.md").read_text()
+    for line in (
+        "Trained on: a GPU, torch 2; some, torch 2.",
+        "**The reference, `vgg19-then-dense`, classifies 91.00% of the test images correctly,",
+        "| vgg19 | 90.00 | 98.9% | 100, 1 |",
+        "| gradual, 75 %: vgg19-then-gradual75global-distilled2, float32 | 0 points | -0.5 points "
+        "| 110, 1 | 0.5 points |",
+        "| -0.4 points | 111*, 1 | nothing |",
+    ):
+        assert line in page
+    assert "The network that is kept" not in page
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
