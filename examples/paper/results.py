@@ -238,14 +238,18 @@ def trained_on(results: Results) -> str:
 def commands(results: Results) -> str:
     """What trains all that is shown, in order: what others go on with or learn from comes first."""
     everything = (one for runs in TABLES.values() for run in runs for one in needed(run))
-    stages = {run.name: len(needed(run)) for run in everything}
+    stages = {run.name: len(needed(run)) for run in everything} | {REFERENCE.name: 0}
     groups: dict[str, list[Figures]] = {}
-    for figures in results.found.values():
-        if figures[0]["run"] != REFERENCE.name:
-            settings = {**figures[0]["settings"], "seeds": max(one["seed"] for one in figures) + 1}
-            del settings["images"]
+    for name, figures in results.found.items():
+        settings = {**figures[0]["settings"], "seeds": max(one["seed"] for one in figures) + 1}
+        del settings["images"]
+        if name != REFERENCE.name:
             settings["epochs"] = f"{settings['epochs']:g}"
-            groups.setdefault(json.dumps(settings, sort_keys=True), []).append(figures)
+        elif settings["reference"]:
+            continue  # it is not trained
+        else:
+            del settings["epochs"]  # of others
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(figures)
     lines = []
     defaults = {one.name: one.default for one in fields(Settings)}
     for options, runs in groups.items():

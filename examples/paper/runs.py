@@ -266,6 +266,7 @@ TABLES: dict[str, list[Run]] = {
         WIDER,
         BY_ALL,
         BY_TWO,
+        *LARGE,
         Run(RESIDUAL, sparsity=0.91, distilled=True),
         Run(RESIDUAL, rank=0.3, sparsity=0.8, distilled=True),
         Run(RESIDUAL, distilled=True),

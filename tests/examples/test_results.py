@@ -135,10 +135,12 @@ def test_the_page(tmp_path: Path) -> None:
 
 
 def test_all_is_compared_with_the_reference_trained_on_where_that_is_better(tmp_path: Path) -> None:
-    write(tmp_path, "vgg19", 0.9, epochs=100, gpu=True)
-    write(tmp_path, "vgg19-then-dense", 0.91, epochs=110, gpu=True)
-    write(tmp_path, "vgg19-then-gradual75global-distilled2", 0.905, epochs=110)
-    write(tmp_path, "vgg19-then-gradual95global-distilled2", 0.906, epochs=111)
+    trained = {"reference": None, "reference_epochs": 100, "answers": 0}
+    write(tmp_path, "vgg19", 0.9, epochs=100, gpu=True, batch_size=512, **trained)
+    write(tmp_path, "vgg19-then-dense", 0.91, epochs=110, gpu=True, **trained)
+    for share, accuracy, epochs in ((75, 0.905, 110), (95, 0.906, 111)):
+        pruned = f"vgg19-then-gradual{share}global-distilled2"
+        write(tmp_path, pruned, accuracy, epochs=epochs, **trained)
     assert results(tmp_path) == [str(tmp_path / "results.md")]
     page = (tmp_path / "results.md").read_text()
     for line in (
@@ -151,6 +153,11 @@ def test_all_is_compared_with_the_reference_trained_on_where_that_is_better(tmp_
     ):
         assert line in page
     assert "The network that is kept" not in page
+    commands = [line for line in page.splitlines() if line.startswith("    python")]
+    assert commands[0].endswith(
+        "--only vgg19 --batch-size 512 --device cpu --reference-epochs 100 --seeds 1"
+    )
+    assert len(commands) == 2
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:

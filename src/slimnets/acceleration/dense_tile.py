@@ -13,7 +13,11 @@ from numba.extending import intrinsic
 
 from slimnets.acceleration.accumulate import CONTRACT, FIRST, LAST, Accumulator
 from slimnets.acceleration.codes import FEW, WIDE
-from slimnets.acceleration.memory import FLOAT, I32, I64, clamp, splat
+from slimnets.acceleration.memory import FLOAT, I32, I64, clamp, prefetch, splat
+from slimnets.acceleration.steps import CACHE_LINE
+
+AHEAD = 32
+"""Columns of weights between those that are used and those that are fetched from memory."""
 
 
 def dense_kernel(channels: int, rows: int, width: int) -> Any:
@@ -69,7 +73,10 @@ class _DenseTile(Accumulator):
 
     def multiply(self, index: Any, sums: list[Any]) -> list[Any]:
         b = self.b
-        weights = self.load_at(b.gep(self.vals, [b.mul(index, I64(self.width))]))
+        at = b.gep(self.vals, [b.mul(index, I64(self.width))])
+        weights = self.load_at(at)
+        for line in range(0, self.width, CACHE_LINE // 4):  # of one image, all are new
+            prefetch(b, b.gep(at, [I64(AHEAD * self.width + line)]))
         base = b.gep(self.x, [b.sext(b.load(b.gep(self.offs, [index])), I64)])
         rows = [b.gep(base, [shift]) for shift in self.shifts]
         found = []

@@ -56,6 +56,14 @@ def splat(builder: ir.IRBuilder, scalar: Any, width: int) -> Any:
     return builder.shuffle_vector(one, undefined, lanes)
 
 
+def prefetch(builder: ir.IRBuilder, pointer: Any) -> None:
+    """Begin to fetch the cache line at ``pointer``, which may lie anywhere, to the second level."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+    builder.call(function, [builder.bitcast(pointer, byte), I32(0), I32(2), I32(1)])
+
+
 def clamp(builder: ir.IRBuilder, value: Any, low: Any, high: Any) -> Any:
     """``value`` within ``low..high``, compared so that a NaN is kept, as torch.clamp does."""
     value = builder.select(builder.fcmp_ordered("<", value, low), low, value)
