@@ -18,7 +18,7 @@ def test_every_test_that_the_promises_name_exists(file, name):
     assert f"def {name}(" in (ROOT / file).read_text() if name else (ROOT / file).exists()
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")))
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md")))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if "://" not in target:
