@@ -171,6 +171,7 @@ def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
 
 
 @cache  # copying to a GPU would wait for all that it has to do
+@torch.inference_mode(False)
 def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None, None]
 

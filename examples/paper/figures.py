@@ -50,7 +50,7 @@ class Results:
     def dense(self) -> Figures:
         """Of what all is compared with: the reference, or the reference trained on if it is better.
 
-        What begins with the reference has more epochs than it, and no more than that.
+        What begins with the reference has more epochs than the reference itself.
         """
         both = [self.of(run) for run in (REFERENCE, CONTROL) if self.of(run)]
         return max(both, key=lambda figures: mean(accuracies(figures)))

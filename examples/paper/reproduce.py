@@ -31,6 +31,22 @@ def chosen(tables: list[str], globs: list[str]) -> list[Run]:
     return list(dict.fromkeys(one for run in asked for one in needed(run)))
 
 
+def otherwise(run: Run, seeds: list[int], settings: Settings) -> str:
+    """The options that these seeds, which are finished, were trained with; "" for the same ones.
+
+    Raises:
+        ValueError: If they cannot be compared with what ``settings`` would give.
+    """
+    found = []
+    for seed in seeds:
+        before = result(run, seed, settings)["settings"]
+        for name in FREE:
+            if before[name] != getattr(settings, name):
+                value = "of its own" if before[name] is None else f"{before[name]:g}"
+                found.append(f"--{name.replace('_', '-')} {value}")
+    return ", ".join(dict.fromkeys(found))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train what is asked for, and say how long the rest will take."""
     parser = argparse.ArgumentParser(
@@ -83,12 +99,12 @@ def main(arguments: list[str] | None = None) -> None:
     queue.insert(0, (REFERENCE, 0))
     finished = [one for one in queue if settings.path(*one).exists()]
     print(f"{len(finished)} of {len(queue)} runs are finished", flush=True)
-    for run, seed in finished:
-        before = result(run, seed, settings)["settings"]
-        for name in FREE if run != REFERENCE else ():
-            if before[name] != getattr(settings, name):
-                option = name.replace("_", "-")
-                print(f"{run.name}, seed {seed}, stays as it was with --{option} {before[name]}")
+    for run in dict.fromkeys(run for run, _ in finished if run != REFERENCE):
+        others = otherwise(run, [seed for one, seed in finished if one == run], settings)
+        if others and any(one == run and (one, seed) not in finished for one, seed in queue):
+            parser.error(f"{run.name} has seeds with {others}: train all in the same way")
+        if others:
+            print(f"{run.name} stays as it was with {others}")
     train_all([(*one, settings) for one in queue], settings.processes)
     if not settings.batches:
         for run, seed in queue:

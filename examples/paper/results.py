@@ -143,7 +143,7 @@ def page(results: Results, pictures: dict[str, str], options: argparse.Namespace
     parts.append("## Pictures")
     for file, caption in pictures.items():
         parts += [f"![{caption}](results/{file})", f"*{caption}*"]
-    given = f"--folder FOLDER --data {json.dumps(options.data)}"
+    given = f"--folder FOLDER --data {json.dumps(options.data)} --out {options.out}"
     parts += [
         "## Commands",
         "These train everything, in this order, each with `--folder FOLDER --data-dir DIR`:",
@@ -162,7 +162,7 @@ as they have been trained. Images: {data}.
 Trained on: {machines}."""
 
 HEAD = """**The reference, `{dense}`, classifies {reference:.2%} of {measured_on} correctly, after
-{epochs:g} epochs with one seed; the paper's had 92.4 %.** A weak reference flatters whatever is
+{epochs:g} epochs (seeds: {seeds}); the paper's had 92.4 %.** A weak reference flatters whatever is
 compared with it. Everything is relative to it, and `vgg19` teaches the runs that are called
 `distilled`{answers}.
 
@@ -190,7 +190,8 @@ compared with it. Everything is relative to it, and `vgg19` teaches the runs tha
 - MACs are the multiplications for one image; effective ones are those by weights that are not zero.
 - Learning rates of `cnn-1k` and `snn-1k` were compared on 5,000 held-out training images
   (`examples/paper/runs.py`); other settings are the paper's or guesses. Nothing of a run was chosen
-  by its own test accuracy, but what to train next was decided knowing that of earlier runs."""
+  by its own test accuracy, but which of two is the reference; and what to train next was decided
+  knowing that of earlier runs."""
 
 TARGETS_HERE = """Points are those of accuracy in per cent, above or below the reference's; of a
 student, above or below the student alone. Its spread is the larger of the standard deviations over
@@ -215,6 +216,7 @@ def head(results: Results) -> str:
         reference=results.reference,
         measured_on=f"{held_out:,} held-out training images" if held_out else "the test images",
         epochs=dense["epochs"],
+        seeds=len(results.dense),
         answers=f", by the mean of its logits for {spelled} augmentations of an image"
         if answers
         else "",
@@ -228,7 +230,12 @@ def head(results: Results) -> str:
 
 def trained_on(results: Results) -> str:
     """The processors."""
-    machines = [one["machine"] for figures in results.found.values() for one in figures]
+    everything = [one for figures in results.found.values() for one in figures]
+    machines = [
+        one["machine"]
+        for one in everything
+        if one["run"] != REFERENCE.name or not one["settings"]["reference"]
+    ]
     spelled = {
         "{}, torch {torch}".format(one.get("gpu", one["processor"]), **one) for one in machines
     }
@@ -239,7 +246,8 @@ def commands(results: Results) -> str:
     """What trains all that is shown, in order: what others go on with or learn from comes first."""
     everything = (one for runs in TABLES.values() for run in runs for one in needed(run))
     stages = {run.name: len(needed(run)) for run in everything} | {REFERENCE.name: 0}
-    groups: dict[str, list[Figures]] = {}
+    groups: dict[tuple[int, str], list[str]] = {}
+    defaults = {one.name: one.default for one in fields(Settings)}
     for name, figures in results.found.items():
         settings = {**figures[0]["settings"], "seeds": max(one["seed"] for one in figures) + 1}
         del settings["images"]
@@ -249,20 +257,16 @@ def commands(results: Results) -> str:
             continue  # it is not trained
         else:
             del settings["epochs"]  # of others
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(figures)
-    lines = []
-    defaults = {one.name: one.default for one in fields(Settings)}
-    for options, runs in groups.items():
-        settings = json.loads(options)
-        names = [figures[0]["run"] for figures in runs]
         given = [
             f"--{key.replace('_', '-')} {value}"
-            for key, value in settings.items()
+            for key, value in sorted(settings.items())
             if value != defaults.get(key) or (key == "reference_epochs" and settings["reference"])
         ]
-        line = ["python examples/paper/reproduce.py all --only", *names, *given]
-        lines.append((max(stages.get(name, 0) for name in names), " ".join(line)))
-    return "\n".join(f"    {line}" for _, line in sorted(lines))
+        groups.setdefault((stages.get(name, 0), " ".join(given)), []).append(name)
+    return "\n".join(
+        f"    python examples/paper/reproduce.py all --only {' '.join(names)} {given}"
+        for (_, given), names in sorted(groups.items())
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

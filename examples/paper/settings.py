@@ -27,7 +27,8 @@ class Settings:
             mean of their answers; 0 to ask them at every step.
         learning_rate: The largest of the cycle; None for that of each run.
         batches: A limit for each epoch, for tests.
-        processes: Runs trained at the same time; several would show their progress over each other.
+        processes: Runs trained at the same time; if there are several, they show no progress bars,
+            which would be written over each other.
     """
 
     folder: Path

@@ -138,9 +138,7 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
             *methods(run, "" if teachers else "network."),
             history,
             ExactResume(),
-            ModelCheckpoint(
-                checkpoints, filename="{epoch}", every_n_epochs=math.ceil(math.ceil(epochs) / 10)
-            ),
+            ModelCheckpoint(checkpoints, filename="{epoch}", every_n_epochs=math.ceil(epochs / 10)),
         ],
         **_trainer_settings(settings),
     )

@@ -108,16 +108,38 @@ if child and os.waitpid(child, 0)[1]:
 """
 
 
-TOGETHER = """
-import sys
-import reproduce
-try:
-    reproduce.main(["students", "--only", "snn-1k", "snn-1k-distilled", "--data-dir", sys.argv[1],
-                    "--reference", "missing.safetensors", "--reference-epochs", "7",
-                    "--folder", "paper", "--epochs", "1", "--batches", "2", "--batch-size", "8",
-                    "--seeds", "2", "--device", "cpu", "--processes", "2"])
-except SystemExit as stop:
-    print(stop)
+SCHEDULED = """
+import os, signal, time
+from pathlib import Path
+import reproduce, schedule
+from runs import REFERENCE, Run
+from settings import Settings
+
+settings = Settings(Path("paper"), Path("images"))
+small, others = Run("cnn-1k"), [Run("cnn-1k", distilled=True), Run("snn-1k", distilled=True)]
+queue = [small, Run("cnn-1k", of=small, sparsity=0.75), REFERENCE, Run("snn-1k"), *others]
+
+def result(run, seed, settings):
+    if run == small:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if run == Run("snn-1k"):
+        raise ValueError("wrong")
+    if run in others:  # each waits for the other to have begun
+        Path(run.name).touch()
+        while not all(Path(one.name).exists() for one in others):
+            time.sleep(0.01)
+    settings.path(run, seed).touch()
+    seconds = 1e9 if run == REFERENCE else 600
+    return {"files": {"float32": {"accuracy": 0.5}}, "epochs": 1, "seconds": seconds}
+
+schedule.result = result
+
+def main():
+    settings.folder.mkdir()
+    try:
+        schedule.train_all([(run, 0, settings) for run in queue], 2)
+    except SystemExit as stop:
+        print(stop)
 """
 
 
@@ -156,23 +178,44 @@ def test_two_processes_may_write_the_same_at_once(tmp_path: Path, images: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_some_runs_at_the_same_time_and_what_fails_is_told_after_all_others(
     tmp_path: Path, images: Path
 ) -> None:
-    first, *said = run(TOGETHER, tmp_path, images).splitlines()
-    assert first == "0 of 5 runs are finished"
-    assert sorted(line.split(":")[0] for line in said[:3]) == [
-        "failed",
-        "snn-1k, seed 0",
-        "snn-1k, seed 1",
-    ]
-    assert said[3] == "not trained:"
-    assert said[4].startswith("vgg19, seed 0: FileNotFoundError(")
-    assert said[5:] == [
-        f"snn-1k-distilled, seed {seed}: begins with one of them" for seed in (0, 1)
-    ]
-    trained = {path.name for path in (tmp_path / "paper").glob("*.json")}
-    assert trained == {"snn-1k-seed0.json", "snn-1k-seed1.json"}
+    (tmp_path / "scheduled.py").write_text(SCHEDULED)  # other processes import it
+    said = run("import scheduled; scheduled.main()", tmp_path, images).splitlines()
+    end = said.index("not trained:")
+    done, failed = said[:end], said[end + 1 :]
+    ended = {line.removeprefix("failed: ").split(",")[0]: line for line in done}
+    assert len(ended) == len(done) == 5
+    assert ended["cnn-1k"].startswith("failed: cnn-1k, seed 0: BrokenProcessPool(")
+    assert ended["snn-1k"] == "failed: snn-1k, seed 0: ValueError('wrong')"
+    assert "50.00% after 1 epochs" in ended["vgg19"]
+    assert ended["vgg19"].endswith(" runs left")  # how long its own take is not known yet
+    assert done[-1].endswith("; 1 runs and about 5 minutes left")  # 600 seconds, for two processes
+    assert sorted(failed[:2]) == [ended[n].removeprefix("failed: ") for n in ("cnn-1k", "snn-1k")]
+    assert failed[2:] == ["cnn-1k-then-gradual75, seed 0: begins with one of them"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
+    forever = SCHEDULED.replace('raise ValueError("wrong")', "time.sleep(1000)")
+    (tmp_path / "scheduled.py").write_text(forever.replace("    if run == small", "    if False"))
+    program = "import scheduled; scheduled.main()"
+    begun = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PAPER)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with begun:
+        assert begun.stdout is not None
+        while "vgg19" not in begun.stdout.readline():
+            pass
+        begun.kill()
+        assert begun.stdout.read() == ""  # when all that write to it have ended
 
 
 @pytest.mark.nightly

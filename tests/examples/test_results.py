@@ -120,13 +120,14 @@ def test_the_page(tmp_path: Path) -> None:
         "| 2,000,000 (40x) | 500,000 (160x) | 7.0 | 7.0 |",
         "| cnn-1k-distilled | 64.00 ± 0.00 | 71.1% | 10, 2 | 64.00 ± 0.00 | 71.1% "
         "| 2,000,000 (40x) | 500,000 (160x) | not timed | not timed |",
-        "all --only snn-1k-distilled snn-1k --answers 2 --device cpu --epochs 10 --reference "
+        "all --only snn-1k-distilled --answers 2 --device cpu --epochs 10 --reference "
         "vgg19.safetensors --reference-epochs 33 --seeds 3\n",
-        '`python examples/paper/results.py --folder FOLDER --data "made up"`',
+        f'`python examples/paper/results.py --folder FOLDER --data "made up" --out {tmp_path}`',
     ):
         assert line in page
     commands = page[page.index("## Commands") :]
-    assert commands.index("cnn-1k-distilled cnn-1k --") < commands.index("-then-")
+    assert commands.index("--only cnn-1k --") < commands.index("--only cnn-1k-distilled --")
+    assert commands.index("--only cnn-1k-distilled --") < commands.index("cnn-1k-distilled-then-")
     assert commands.index("resnet10-small-") < commands.index("-more-distilled3")  # its teacher
     pictures = [line for line in page.splitlines() if line.startswith("![")]
     assert len(pictures) == 4
@@ -157,7 +158,8 @@ def test_all_is_compared_with_the_reference_trained_on_where_that_is_better(tmp_
     assert commands[0].endswith(
         "--only vgg19 --batch-size 512 --device cpu --reference-epochs 100 --seeds 1"
     )
-    assert len(commands) == 2
+    assert len(commands) == 3  # what one other network begins with comes before what two do
+    assert "--only vgg19-then-dense --" in commands[1]
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
