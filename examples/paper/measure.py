@@ -43,7 +43,7 @@ def measured(
         enable_progress_bar=settings.processes == 1,
         enable_model_summary=False,
     )
-    files = {}
+    device, files = tester.strategy.root_device, {}
     for form, arguments in FORMS.items():
         stored = file.with_suffix(f".{form}.safetensors") if arguments else file
         if arguments:
@@ -51,10 +51,9 @@ def measured(
         loaded = slimnets.load(stored, NETWORKS[run.network]()).eval()
         if "bits" in arguments:  # so few that the means and variances of batch norm change
             torch.manual_seed(0)
-            device = tester.strategy.root_device
             update_bn(_augmented(data), loaded.to(device), device)
             slimnets.save(loaded.cpu(), stored, **arguments)
-        if tester.strategy.root_device.type == "cpu":
+        if device.type == "cpu":
             loaded = slimnets.accelerate(loaded, image)
         (found,) = tester.validate(Classifier(loaded), data, verbose=False)
         files[form] = {"bytes": stored.stat().st_size, "accuracy": accuracy(found)}

@@ -6,8 +6,7 @@ from typing import Any
 from figures import Results, effort, mean, measured
 from matplotlib.figure import Figure
 from runs import (
-    BEST,
-    BY_TWO,
+    COMBINED,
     FACTORIZED_BY_THREE,
     FACTORIZED_BY_TWO,
     PRUNED_BY_THREE,
@@ -72,10 +71,10 @@ def plot_bytes(results: Results, path: Path) -> int:
     )
     for name, point in PAPER_POINTS.items():
         axes.annotate(name, point, **NEAR)
-    if run := results.first((BEST, BY_TWO)):
+    if run := results.first(COMBINED):
         best = results.of(run)
         point = (best[0]["files"]["int6"]["bytes"], results.relative(best, "int6"))
-        axes.annotate(BEST.network, point, **NEAR)
+        axes.annotate(run.network, point, **NEAR)
     axes.set(xscale="log", xlabel="bytes (the paper's: of the non-zero weights)")
     axes.set(ylabel=LABEL, ylim=(LEAST, None))
     axes.margins(x=0.1)

@@ -150,7 +150,7 @@ def page(results: Results, pictures: dict[str, str], options: argparse.Namespace
         commands(results),
         f"and this page written by `python examples/paper/results.py {given}`.",
     ]
-    heading = HEADING.format(data=options.data, machines=trained_on(results))
+    heading = HEADING.format(data=options.data, machines=trainers(results))
     return "\n\n".join([heading, *parts]) + "\n"
 
 
@@ -228,8 +228,8 @@ def head(results: Results) -> str:
     )
 
 
-def trained_on(results: Results) -> str:
-    """The processors."""
+def trainers(results: Results) -> str:
+    """The processors that trained what is shown, with their PyTorch."""
     everything = [one for figures in results.found.values() for one in figures]
     machines = [
         one["machine"]

@@ -137,6 +137,9 @@ LARGE = (Run("resnet10"),)
 BY_TWO = replace(BY_ALL, beside=LARGE)
 """As the best, taught by that."""
 
+COMBINED = (BEST, BY_TWO)
+"""What combines most, of each way of training."""
+
 SMALL = Run("cnn-1k")
 """A network that a CPU trains in minutes, pruned and factorized in the same ways."""
 

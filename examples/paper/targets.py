@@ -5,8 +5,7 @@ import statistics
 
 from figures import Figures, Results, accuracies, mean, speed
 from runs import (
-    BEST,
-    BY_TWO,
+    COMBINED,
     FACTORIZED_BY_THREE,
     FACTORIZED_BY_TWO,
     PRUNED_BY_THREE,
@@ -45,13 +44,13 @@ TARGETS: list[tuple[str, tuple[Run, ...], str, dict[str, float]]] = [
     ),
     (
         "combined, first step",
-        (BEST, BY_TWO),
+        COMBINED,
         "int6",
         {"times fewer bytes": 200, "% of the accuracy": 98, "times as fast at batch 1": 5},
     ),
     (
         "combined, the goal",
-        (BEST, BY_TWO),
+        COMBINED,
         "int6",
         {
             "times fewer bytes": 500,
