@@ -249,6 +249,7 @@ TABLES: dict[str, list[Run]] = {
         factorized("paper", distilled=True),
         FACTORIZED_BY_THREE,
         again(FACTORIZED_BY_THREE),
+        again(again(FACTORIZED_BY_THREE)),
         FACTORIZED_BY_TWO,
         *factorizations(REFERENCE),
     ],

@@ -47,6 +47,15 @@ def test_at_high_temperatures_the_gradient_is_that_of_logit_regression() -> None
     torch.testing.assert_close(soft * 4, hard, rtol=1e-3, atol=1e-4)
 
 
+def test_a_sure_teacher_begins_with_twice_the_gradient_of_the_cross_entropy() -> None:
+    """So that a learning rate that suits labels may be too large; as the docstring says."""
+    student = torch.zeros(1, 10, requires_grad=True)
+    (soft,) = torch.autograd.grad(soft_targets(student, 10 * torch.eye(10)[:1], 4.0), student)
+    (hard,) = torch.autograd.grad(F.cross_entropy(student, torch.tensor([0])), student)
+
+    assert (soft.norm() / hard.norm()).item() == pytest.approx(2, abs=0.2)
+
+
 def test_logit_regression_by_hand() -> None:
     student = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
     teacher = torch.tensor([[1.0, 4.0, 2.0], [3.0, 0.0, 0.0]])

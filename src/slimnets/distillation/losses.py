@@ -16,8 +16,11 @@ def soft_targets(student: Any, teacher: Any, temperature: float = DEFAULT_TEMPER
     """Cross entropy with the teacher's softened probabilities, less their entropy.
 
     With the temperature T it is ``T^2 * KL(softmax(teacher / T) || softmax(student / T))``,
-    averaged over the batch, and over the positions of dense outputs. The factor keeps the size of
-    the gradient whatever the temperature. Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
+    averaged over the batch, and over the positions of dense outputs. The factor makes up for
+    gradients that shrink with the square of a high temperature. Those from a teacher that is sure
+    of its answers do not: at a temperature of 4 an untrained student's are about twice those of the
+    cross entropy, so that one which stalls or collapses, as without batch norm it may, wants a
+    smaller learning rate. Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
 
     Args:
         student: Logits of shape ``(batch, classes, ...)``, or an output with such ``.logits``, or
