@@ -172,7 +172,8 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
             curves["spatial, the paper's ranks, distilled"] = [factorized("paper", distilled=True)]
             curves["spatial, the paper's ranks, distilled from two"] = [FACTORIZED_BY_TWO]
             curves["spatial, the paper's ranks, distilled from three"] = [FACTORIZED_BY_THREE]
-            curves["the same, trained on"] = [again(FACTORIZED_BY_THREE)]
+            once = again(FACTORIZED_BY_THREE)
+            curves["the same, trained on"] = [once, again(once)]
         draw(
             f"low-rank-{network.network}.png",
             f"Low rank {network.network}",
