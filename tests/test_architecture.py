@@ -16,7 +16,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "trainer": {"layers"},
     "resume": {"trainer"},
     "gate": {"trainer"},
-    "pruning": {"layers", "trainer", "inspection"},
+    "pruning": {"layers", "trainer", "inspection", "lowrank.modules"},
     "lowrank": {"layers", "trainer", "inspection", "text"},
     "distillation": {"lowrank.follow"},
     "artifact": {"layers", "lowrank.modules"},

@@ -95,15 +95,28 @@ def matches(name: str, layer: nn.Module, selector: Selector) -> bool:
     return selector(name, layer)
 
 
-def without(layers: Mapping[str, nn.Module], exclude: Iterable[Selector]) -> dict[str, nn.Module]:
+def without(
+    layers: Mapping[str, nn.Module],
+    exclude: Iterable[Selector],
+    pairs: Mapping[str, nn.Module] | None = None,
+) -> dict[str, nn.Module]:
     """``layers`` without those that one of ``exclude`` chooses.
+
+    Args:
+        layers: Name to layer.
+        exclude: What to leave out.
+        pairs: Name to what has taken a layer's place, whose own layers are among ``layers``: a
+            predicate is asked about it, too, so that it goes on choosing what it chose.
 
     Raises:
         ValueError: If one of ``exclude`` chooses nothing.
     """
-    kept = dict(layers)
+    kept, pairs = dict(layers), pairs or {}
     for selector in exclude:
         chosen = [name for name, layer in layers.items() if matches(name, layer, selector)]
+        if not isinstance(selector, str):  # a glob knows the names around a layer
+            replaced = [name for name, pair in pairs.items() if matches(name, pair, selector)]
+            chosen += [name for name in layers if name.rpartition(".")[0] in replaced]
         if not chosen:
             raise ValueError(_chose_nothing("exclude", selector, layers))
         for name in chosen:

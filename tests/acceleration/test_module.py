@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import slimnets
 from slimnets.acceleration.module import Accelerated, accelerate
@@ -567,3 +568,30 @@ def test_a_result_keeps_its_type(kind):
     with torch.no_grad():
         torch.testing.assert_close(fast(x).logits, network(x).logits, rtol=1e-4, atol=1e-4)
     assert type(fast(x)) is kind
+
+
+def test_features_of_inner_layers_are_those_of_the_network() -> None:
+    """A copy of a graph of torch.fx is in training mode, and would write batch statistics."""
+    network = prune(vgg(), 0.9)
+    extract = create_feature_extractor(network, ["2", "7"]).eval()
+    x = torch.randn(4, 3, 32, 32)
+    expected, before = extract(x), copy.deepcopy(extract.state_dict())
+
+    fast = accelerate(extract, x)
+
+    for name, value in fast(x).items():
+        torch.testing.assert_close(value, expected[name], rtol=TOLERANCE, atol=TOLERANCE)
+    for state in (extract.state_dict(), fast.original.state_dict()):
+        assert all(torch.equal(state[name], value) for name, value in before.items())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*:FutureWarning")
+@pytest.mark.parametrize("scripted", ["part", "whole"])
+def test_a_scripted_network_goes_on_running(scripted) -> None:
+    part = torch.jit.script(nn.Linear(16, 4))
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), part).eval()
+    if scripted == "whole":
+        network = torch.jit.script(network)
+    x = torch.randn(3, 8)
+
+    torch.testing.assert_close(accelerate(network, x)(x), network(x))

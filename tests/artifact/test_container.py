@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import numpy as safetensors
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from slimnets.artifact.container import inspect, pack, write
 from slimnets.artifact.quantize import quantize
@@ -231,3 +232,17 @@ def test_a_killed_save_leaves_a_whole_file(tmp_path: Path) -> None:
             cut_short += 1
             left.unlink()
     assert cut_short > 5  # kills that came in the middle of a save
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_weights_that_are_computed_from_parameters_are_rounded_too(norm) -> None:
+    """As those of ``torch.nn.utils.weight_norm`` are, whose parameters are called weight_v."""
+    network = nn.Sequential(norm(nn.Linear(64, 64)))
+    buffers = {name for name, _ in network.named_buffers()}
+
+    exact, rounded = (
+        len(pack(network.state_dict(), dtype=dtype, buffers=buffers))
+        for dtype in (None, torch.int8)
+    )
+
+    assert rounded < 0.4 * exact

@@ -145,3 +145,10 @@ def test_products_are_counted_in_inference_mode_too() -> None:
     assert expected["0"] == (432, 432)
     with torch.inference_mode():
         assert count(network, torch.randn(1, 3, 4, 4)) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*:FutureWarning")
+def test_a_scripted_part_is_counted() -> None:
+    network = nn.Sequential(nn.Linear(8, 16), torch.jit.script(nn.Linear(16, 4)))
+
+    assert sum(dense for dense, _ in count(network, x(3, 8)).values()) == 3 * (8 * 16 + 16 * 4)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from slimnets import factorize
 from slimnets.pruning.weights import (
     check_scope,
     check_sparsity,
@@ -220,3 +221,15 @@ def test_numpy_numbers_are_numbers():
     check_sparsity(np.float32(0.5))
     with pytest.raises(ValueError, match=r"did you mean 0\.9"):
         check_sparsity(np.int64(90))
+
+
+def test_an_exclusion_goes_on_choosing_a_layer_whose_place_a_pair_has_taken():
+    network = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 8))
+    excludes = ["0", lambda name, layer: name == "0", lambda name, layer: layer.out_features == 16]
+    assert [names(network, exclude=one) for one in excludes] == [["1.weight"]] * 3
+
+    factorize(network, 2)
+
+    left = ["1.first.weight", "1.second.weight"]
+    assert [names(network, exclude=one) for one in excludes] == [left] * 3
+    assert list(target_sparsity(network, 0.5, excludes[1])[1]) == left

@@ -62,7 +62,8 @@ class Accelerated(nn.Module):
         self.expected = [_kind(value) for value in example]
         self.placement = _placement(original)
         for module in original.modules():
-            module.register_load_state_dict_post_hook(self._forget)
+            if not isinstance(module, torch.jit.ScriptModule):  # which refuses such hooks
+                module.register_load_state_dict_post_hook(self._forget)
         self.eval()
 
     @property

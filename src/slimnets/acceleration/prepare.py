@@ -56,7 +56,11 @@ def copy_for_inference(model: nn.Module) -> nn.Module:
             # weights that hooks compute cannot be copied with their history
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo).eval().requires_grad_(False)
+    copied = copy.deepcopy(model, memo).eval()
+    for parameter in copied.parameters():
+        if parameter.is_leaf:  # those of a copied ScriptModule are not, nor has it requires_grad_
+            parameter.requires_grad_(False)
+    return copied
 
 
 def graph_of(network: nn.Module, example: tuple[Any, ...], expected: Any) -> fx.GraphModule | None:

@@ -144,9 +144,10 @@ def _placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 
 def sharing_tensors(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` whose parameters and buffers are those of ``model``."""
+    """A copy in eval mode of ``model`` whose parameters and buffers are those of ``model``."""
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return copied.eval()  # a copy of a graph of torch.fx is in training mode
 
 
 def _state_of(model: nn.Module) -> Any:

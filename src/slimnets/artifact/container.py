@@ -1,6 +1,7 @@
 """The safetensors file around the streams: written whole or not at all, read with distrust."""
 
 import os
+import re
 import secrets
 import shutil
 import zlib
@@ -60,7 +61,7 @@ def pack(
     coded = {}
     for name, tensor in state.items():
         # Positions, anchors, masks and other buffers are too delicate for eight bits.
-        is_weight = "weight" in name.rpartition(".")[2] and name not in buffers
+        is_weight = "weight" in _tensor_of(name) and name not in buffers
         stored = dtype if is_weight or dtype is not torch.int8 else None
         if name not in ties:
             try:
@@ -72,6 +73,12 @@ def pack(
     info = FileInfo(VERSION, entries, ties, _checksum(streams))
     arrays = {name: np.frombuffer(data, np.uint8) for name, data in streams.items()}
     return safetensors.save(arrays, metadata=dump(info))
+
+
+def _tensor_of(name: str) -> str:
+    """What the layer calls the tensor ``name`` of a state dict, or what is computed from it."""
+    parametrized = re.search(r"(?:^|\.)parametrizations\.(\w+)\.original\d*$", name)
+    return parametrized[1] if parametrized else name.rpartition(".")[2]
 
 
 def inspect(path: PathLike) -> FileInfo:

@@ -70,6 +70,8 @@ class _Counter(TorchDispatchMode):
     def watching(self) -> Iterator[None]:
         with ExitStack() as hooks:
             for name, module in self.modules.items():
+                if isinstance(module, torch.jit.ScriptModule):  # counted where it stands
+                    continue
 
                 def enter(*_: object, name: str = name) -> None:
                     self.running.append(name)

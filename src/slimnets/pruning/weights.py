@@ -17,6 +17,7 @@ from slimnets.layers import (
     is_parametrized,
     without,
 )
+from slimnets.lowrank.modules import pairs_of
 
 Sparsity: TypeAlias = float | Mapping[str, float]
 Scope: TypeAlias = Literal["layer", "global"]
@@ -47,7 +48,7 @@ def prunable_weights(
         ValueError: If a selector chooses no layer, or a lazy layer has no weights yet.
     """
     candidates, measuring = prunable_layers(network), inside_metrics(network)
-    kept = without(candidates, as_selectors(exclude))
+    kept = without(candidates, as_selectors(exclude), pairs_of(network))
     kept = {name: layer for name, layer in kept.items() if id(layer) not in measuring}
     out = {
         id(weights)
@@ -193,7 +194,7 @@ def target_sparsity(
     Raises:
         ValueError: If a glob or selector chooses nothing, or there is nothing to prune.
     """
-    layers = without(prunable_layers(network), as_selectors(exclude))
+    layers = without(prunable_layers(network), as_selectors(exclude), pairs_of(network))
     per_layer = assign(sparsity, layers, "sparsity")
     parameters = prunable_weights(network, exclude, layers=per_layer)
     targets = {name: float(per_layer[name.rpartition(".")[0]]) for name in parameters}
