@@ -78,7 +78,7 @@ def plot_bytes(results: Results, path: Path) -> int:
     axes.set(xscale="log", xlabel="bytes (the paper's: of the non-zero weights)")
     axes.set(ylabel=LABEL, ylim=(LEAST, None))
     axes.margins(x=0.1)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=150)
     return sum(share < LEAST for share in shares)
 
