@@ -74,7 +74,7 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     graph call hooks of the model or a ``__call__`` of its own, or change a tensor in place for
     those who read it through another view.
     """
-    if has_hooks(model) or type(model).__call__ is not nn.Module.__call__:
+    if has_hooks(model) or not _is_called_as_a_module(model):
         return None
     model = nn.Sequential(model).eval() if is_plain(model) else model  # a layer has no graph
     defaults = _defaults_of(model)
@@ -122,6 +122,11 @@ def has_hooks(module: nn.Module) -> bool:
 def is_unaltered(module: nn.Module) -> bool:
     """Whether ``module`` does what its type says: no hooks, and no forward method of its own."""
     return not has_hooks(module) and "forward" not in vars(module)
+
+
+def _is_called_as_a_module(model: nn.Module) -> bool:
+    """Whether ``__call__`` is PyTorch's own; that of a traced graph only explains its errors."""
+    return isinstance(model, fx.GraphModule) or type(model).__call__ is nn.Module.__call__
 
 
 def _erase(node: fx.Node) -> None:
