@@ -85,7 +85,7 @@ def test_the_page(tmp_path: Path) -> None:
     write(tmp_path, "resnet10-small-gradualtapered-distilled", 0.88, answers=1)
     write(
         tmp_path,
-        "vgg19-then-spatialpaper-distilled3-then-distilled3",
+        "vgg19-then-spatialpaper-distilled3-then-distilled3-then-distilled3",
         0.91,
         epochs=33,
         speed=1.5,
