@@ -105,8 +105,8 @@ def without(
     Args:
         layers: Name to layer.
         exclude: What to leave out.
-        pairs: Name to what has taken a layer's place, whose own layers are among ``layers``: a
-            predicate is asked about it, too, so that it goes on choosing what it chose.
+        pairs: Name to what has taken a layer's place, whose own layers are among ``layers``: types
+            and predicates are tried on it, too, so that a predicate goes on choosing what it chose.
 
     Raises:
         ValueError: If one of ``exclude`` chooses nothing.
