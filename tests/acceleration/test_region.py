@@ -16,7 +16,7 @@ pytest.importorskip("numba", reason="the engine is compiled by numba")
 from slimnets.acceleration.codes import DENSE
 from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.partition import annotate, cut
-from slimnets.acceleration.region import Region
+from slimnets.acceleration.region import SHAPES_KEPT, Region
 from slimnets.acceleration.steps import Matrix
 from slimnets.acceleration.trace import Recorder, trace
 
@@ -332,6 +332,25 @@ def test_several_threads_and_several_callers(request):
         for caller in callers:
             caller.join()
     assert len(wrong) == 160 and not any(wrong)
+
+
+def test_sizes_that_change_at_every_call_build_no_tables():
+    network = nn.Sequential(thin(nn.Conv2d(3, 5, 3), 0.3), nn.ReLU())
+    images = [torch.randn(1, 3, 9 + i, 9) for i in range(3 * SHAPES_KEPT)]
+    with torch.no_grad():
+        graph, (region,) = in_engine(network, images[0])
+
+        def see(x):
+            torch.testing.assert_close(graph(x), network(x), rtol=1e-4, atol=1e-4)
+            return set(region.plans)
+
+        for x in images[:SHAPES_KEPT]:
+            kept = see(x)
+        assert len(kept) == SHAPES_KEPT
+        for _ in range(2):  # by its next turn, a size is forgotten
+            assert all(see(x) == kept for x in images[SHAPES_KEPT:])
+        assert see(images[-1]) - kept == {(tuple(images[-1].shape[1:]),)}  # twice in a row
+        assert len(region.plans) == SHAPES_KEPT
 
 
 def test_pickle_and_deepcopy():

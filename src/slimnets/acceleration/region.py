@@ -26,6 +26,9 @@ MOST_ARENA_BYTES = 64 << 20
 
 MOST_SAMPLES = 256
 SHAPES_KEPT = 8
+FORGOTTEN = ("plans", "turned_away", "lock")
+"""What a copy of a region does without."""
+
 PROFILE_RUNS = 3
 PROFILE_SECONDS = 0.2
 EVERYBODY = 1 << 40
@@ -152,6 +155,9 @@ def _zeros(floats: int) -> tuple[Any, int]:
 class Region(nn.Module):
     """Computes ``steps`` with the sparse engine; other shapes and types in PyTorch.
 
+    Tables are kept for a few sizes of images. Where more take turns, a size that has not come twice
+    among the last few new ones is computed in PyTorch.
+
     Args:
         steps: What to compute, in order.
         inputs: The values that the arguments of ``forward`` are.
@@ -173,10 +179,11 @@ class Region(nn.Module):
 
     def _forget(self) -> None:
         self.plans: OrderedDict[Sizes, _Plan | None] = OrderedDict()
+        self.turned_away: deque[Sizes] = deque(maxlen=SHAPES_KEPT)
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("plans", "lock")}
+        return {k: v for k, v in self.__dict__.items() if k not in FORGOTTEN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -242,6 +249,9 @@ class Region(nn.Module):
             if sizes in self.plans:
                 self.plans.move_to_end(sizes)
                 return self.plans[sizes]
+            if len(self.plans) == SHAPES_KEPT and sizes not in self.turned_away:
+                self.turned_away.append(sizes)  # tables take longer than one batch in PyTorch
+                return None
             inputs = [
                 (port.value, Shape(size[0], *(size[1:] or (1, 1))))
                 for port, size in zip(self.inputs, sizes, strict=True)
@@ -250,7 +260,7 @@ class Region(nn.Module):
                 plan = _Plan(self.steps, inputs, [p.value for p in self.outputs])
             except ValueError:
                 plan = None
-            self.plans[sizes] = plan
-            if len(self.plans) > SHAPES_KEPT:
+            if len(self.plans) == SHAPES_KEPT:
                 self.plans.popitem(last=False)
+            self.plans[sizes] = plan
             return plan
