@@ -107,7 +107,7 @@ def main() -> None:
     methods: list[L.Callback] = []  # made at once: they refuse arguments, and a teacher takes long
     if args.sparsity:
         methods.append(GradualPrune(args.sparsity))
-    if args.rank:
+    if args.rank is not None:
         methods.append(LowRank(r=args.rank))
     L.seed_everything(0)
     data = CIFAR10(args.data_dir, args.batch_size, args.held_out)

@@ -110,4 +110,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", ".*does not have many workers")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10, help="of the teacher; default: 10")
-    main(parser.parse_args().epochs)
+    options = parser.parse_args()
+    if options.epochs < 1:
+        parser.error(f"--epochs {options.epochs}: give a number of at least 1")
+    main(options.epochs)

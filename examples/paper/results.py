@@ -188,7 +188,7 @@ compared with it. Everything is relative to it, and `vgg19` teaches the runs tha
   turns, on one thread{machine}.
   The row `vgg19` is the dense network through `accelerate`.{elsewhere}
 - MACs are the multiplications for one image; effective ones are those by weights that are not zero.
-- Learning rates of `cnn-1k` and `snn-1k` were compared on 5,000 held-out training images
+- Learning rates of `cnn-1k`, `snn-1k` and `nin` were compared on 5,000 held-out training images
   (`examples/paper/runs.py`); other settings are the paper's or guesses. Nothing of a run was chosen
   by its own test accuracy, but which of two is the reference; and what to train next was decided
   knowing that of earlier runs."""

@@ -71,15 +71,20 @@ class Run:
         (``--epochs 4 --learning-rate 0.03``); these have a tenth. The third was chosen by
         ``reproduce.py all --only RUN --epochs 3 --learning-rate RATE --seeds 1 --held-out 5000
         --answers 2 --reference FILE --reference-epochs 33``, each with a ``--folder`` of its own.
-        Rates to go on with a trained network are guesses.
+        Rates to go on with a trained network are guesses. ``nin`` learns faster in small batches:
+        ``--epochs 0.5 --batch-size 32 --answers 4``, below * with ``--batch-size 128``.
 
-        ================  ======  ======  ======
-        run                 0.01    0.03     0.1
-        ================  ======  ======  ======
-        cnn-1k            50.0 %  56.4 %  48.4 %
-        cnn-1k-distilled          58.6 %
-        snn-1k-distilled          62.1 %
-        ================  ======  ======  ======
+        ================  =======  ======  =======  =======  ======
+        run                  0.01    0.02     0.03     0.05     0.1
+        ================  =======  ======  =======  =======  ======
+        cnn-1k             50.0 %           56.4 %           48.4 %
+        cnn-1k-distilled                    58.6 %
+        snn-1k-distilled                    62.1 %
+        nin                36.7 %  40.2 %   41.3 %
+        nin-distilled      40.1 %  40.3 %
+        nin *                               34.0 %   33.8 %
+        nin-distilled *    32.4 %
+        ================  =======  ======  =======  =======  ======
         """
         if self.of is not None or self.network in WIDE:
             return 0.01

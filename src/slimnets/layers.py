@@ -13,7 +13,7 @@ T = TypeVar("T")
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A glob over names of layers or what contains them, a type, or a predicate of (name, layer)."""
 
-Selectors: TypeAlias = Selector | Iterable[Selector]
+Selectors: TypeAlias = Iterable[Selector] | Selector  # in which order LightningCLI writes them too
 
 
 def compressed_network(module: nn.Module) -> nn.Module:
@@ -127,7 +127,7 @@ def without(
 def assign(
     values: T | Mapping[str, T], layers: Mapping[str, nn.Module], argument: str
 ) -> dict[str, T]:
-    """Give each layer its value; layers that no glob matches are left out.
+    """Give each layer its value, in the order of the globs; layers that none matches are left out.
 
     Args:
         values: One for all, or glob over layer names to value, of which the first match wins.
@@ -140,7 +140,7 @@ def assign(
     Examples:
         >>> layers = {"features.0": nn.Linear(2, 2), "head": nn.Linear(2, 2)}
         >>> assign({"head": 0.5, "*": 0.9}, layers, "sparsity")
-        {'features.0': 0.9, 'head': 0.5}
+        {'head': 0.5, 'features.0': 0.9}
     """
     if not isinstance(values, Mapping):
         return dict.fromkeys(layers, values)
@@ -157,7 +157,7 @@ def assign(
                 f"and its layers are all those of {earlier} before it; put {glob!r} first"
             )
         winners |= dict.fromkeys(won, glob)
-    return {name: values[winners[name]] for name in layers if name in winners}
+    return {name: values[glob] for name, glob in winners.items()}
 
 
 def is_parametrized(layer: nn.Module, tensor: str = "weight") -> bool:

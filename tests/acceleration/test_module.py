@@ -345,6 +345,11 @@ def test_what_cannot_be_called_is_refused(model, example, message):
         accelerate(model, example)
 
 
+def test_a_lazy_network_is_refused():
+    with pytest.raises(ValueError, match=r"model: '0\.weight' has no values yet; run one batch"):
+        accelerate(nn.Sequential(nn.LazyLinear(3)), torch.ones(1, 2))
+
+
 class Padded(nn.Module):
     """Changes a tensor in place through a view of it, or reads another view of what was changed."""
 

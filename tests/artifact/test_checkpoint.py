@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from slimnets.artifact.checkpoint import convert_checkpoint
 from slimnets.artifact.codec import same_bits
 from slimnets.artifact.container import inspect
-from slimnets.artifact.file import load
+from slimnets.artifact.file import load, save
 from slimnets.artifact.streams import ArtifactError
 from slimnets.distillation.module import DistillationModule
 from slimnets.lowrank.callback import LowRank
@@ -122,6 +122,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         source.write_bytes(damaged)
         with pytest.raises(ArtifactError, match=r"last\.ckpt: cannot be read"):
             convert_checkpoint(source, target)
+    save(nn.Linear(3, 3), source)
+    with pytest.raises(ArtifactError, match=r"last\.ckpt: cannot be read as a checkpoint: "):
+        convert_checkpoint(source, target)
     torch.save([1, 2], source)
     with pytest.raises(ArtifactError, match=r"last\.ckpt: not a checkpoint .* but a list"):
         convert_checkpoint(source, target)

@@ -476,6 +476,8 @@ def test_an_expanded_buffer_is_refused(path: Path) -> None:
 def test_a_file_that_is_not_there(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load(path, Net())
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        load(path.parent, Net())
 
 
 def test_saving_fails_before_it_writes(path: Path) -> None:

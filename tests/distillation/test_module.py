@@ -170,12 +170,13 @@ def test_dense_outputs_and_soft_labels(make_trainer) -> None:
     images = torch.randn(8, 3, 6, 6)
     classes = torch.randint(4, (8, 6, 6))
     classes[0, 0, 0] = -100
-    for target in (classes, torch.rand(8, 4, 6, 6).softmax(1)):
+    probabilities = torch.rand(8, 4, 6, 6).softmax(1)
+    for target in (classes, classes.int(), probabilities):
         module = DistillationModule(nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1))
         trainer = make_trainer(max_epochs=1)
         trainer.fit(module, DataLoader(TensorDataset(images, target), batch_size=4))
         assert math.isfinite(trainer.logged_metrics["train/loss"])
-        assert ("train/student_accuracy" in trainer.logged_metrics) == (target is classes)
+        assert ("train/student_accuracy" in trainer.logged_metrics) == (target is not probabilities)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])

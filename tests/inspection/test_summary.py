@@ -135,6 +135,7 @@ def test_a_network_without_nonzeros_divides_by_nothing() -> None:
     network = nn.Linear(2, 2)
     network.weight.data.zero_()
     assert summarize(network, baseline=nn.Linear(2, 2)).ratios["nonzeros"] == float("inf")
+    assert summarize(nn.Flatten(), baseline=nn.Flatten()).ratios["weights"] == 1
 
 
 def test_it_converts_to_json(pruned: Net) -> None:

@@ -115,7 +115,9 @@ def test_a_second_fit_and_every_stage_leave_the_pairs(make_trainer):
     for stage in (trainer.validate, trainer.test):
         stage(module, small_data(8), verbose=False)
     trainer.predict(module, small_data(8))
-    fit(make_trainer, module, [LowRank(2, exclude=["network.0", "network.9"])])
+    again = LowRank(2, exclude=["network.0", "network.9"])
+    with pytest.warns(UserWarning, match=r"leaves 'network.3' \(already a pair of rank 3, not 2"):
+        fit(make_trainer, module, [again])
     assert list(module.modules()) == layers
 
 
@@ -402,6 +404,14 @@ def test_layers_that_are_frozen_stay_frozen_until_finetuning_unfreezes_them(make
         fit(make_trainer, module, order, max_epochs=2)
         assert look.frozen == (True, False)
         assert isinstance(module.backbone[3], LowRankPair)
+
+
+def test_layers_that_are_still_lazy_are_left(make_trainer):
+    lazy = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.LazyLinear(4))
+    module = Classifier(lazy)
+    fit(make_trainer, module, [LowRank(2)])
+    assert isinstance(module.network[1], LowRankPair)
+    assert type(module.network[3]) is nn.Linear
 
 
 def test_ranks_and_sizes_are_logged(make_trainer, tmp_path):

@@ -200,7 +200,11 @@ def test_networks_within_metrics_are_left():
 def test_a_pair_is_named_and_can_be_matched():
     net = factorize(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), {"0": 4})
     found = rows(net, {"0": 2, "1": 2})
-    assert found["0"].reason == "already a pair of rank 4"
+    assert found["0"].reason.startswith("already a pair of rank 4, not 2: ")
+    assert found["0"].unmet == 2
+    for same in (4, 0.25):
+        assert rows(net, same)["0"].reason == "already a pair of rank 4"
+        assert rows(net, same)["0"].unmet is None
     assert found["0"].before == found["0"].after == 128
     assert list(found) == ["0", "1"]
 

@@ -97,6 +97,14 @@ def test_a_mapping_gives_each_layer_the_first_glob_that_matches():
     assert targets == {"0.weight": 0.1, "3.weight": 0.5, "9.weight": 0.7}
 
 
+def test_a_weight_with_several_names_goes_by_the_first_glob_that_matches_one():
+    network = nn.ModuleDict({"encoder": nn.Linear(4, 4), "decoder": nn.Linear(4, 4)})
+    network["decoder"].weight = network["encoder"].weight
+    for sparsity in ({"decoder": 0.75, "encoder": 0.5}, {"decoder": 0.75, "*": 0.5}):
+        _, targets = target_sparsity(network, sparsity)
+        assert targets == {"encoder.weight": 0.75}
+
+
 def test_a_glob_that_matches_nothing_lists_what_there_is():
     with pytest.raises(ValueError, match=r"sparsity: 'features.\*' matches no layer; .*'0', '3'"):
         target_sparsity(small_network(), {"features.*": 0.5, "*": 0.9})

@@ -5,11 +5,13 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import is_dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.shrink import shrink
@@ -25,9 +27,15 @@ def positional(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
 
     Raises:
         TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
+        ValueError: If a lazy layer of it has no weights yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected an nn.Module")
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"model: {name!r} has no values yet; run one batch through the network first"
+            )
     if isinstance(example_input, Mapping):
         raise TypeError(
             "example_input: got a dictionary, expected a tensor or a tuple of the arguments of "

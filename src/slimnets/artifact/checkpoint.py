@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 
@@ -70,7 +71,8 @@ def _loaded(path: PathLike) -> Mapping[str, Any]:
         raise
     except Exception as error:  # of a damaged file, torch and pickle raise a dozen kinds
         refused = [line.strip() for line in str(error).splitlines() if "Unsupported" in line]
-        if refused:
+        # of what is no pickle at all, the first bytes are unsupported operands
+        if refused and ("operand" not in refused[0] or is_zipfile(path)):
             raise ArtifactError(
                 "cannot be read as a checkpoint without executing what is in it; if you trust it, "
                 f"pass torch.load({os.fspath(path)!r}, map_location='cpu', weights_only=False) in "

@@ -151,6 +151,8 @@ def naming(path: PathLike) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: PathLike) -> Iterator[safe_open]:
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"path={os.fspath(path)!r} is a folder: give the file in it")
     try:
         with safe_open(path, framework="numpy") as file:
             yield file

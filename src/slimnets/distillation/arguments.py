@@ -19,10 +19,7 @@ def check_networks(student: Any, teacher: Any) -> None:
     """Raise TypeError or ValueError unless ``student`` can learn from ``teacher``."""
     for name, network in (("student", student), ("teacher", teacher)):
         if not isinstance(network, nn.Module):
-            raise TypeError(
-                f"{name}={network!r:.80}: expected an nn.Module or LightningModule; "
-                "load_from_checkpoint, too, needs student= and teacher="
-            )
+            raise TypeError(f"{name}={network!r:.80}: expected an nn.Module or LightningModule")
     packages = {kind.__module__.partition(".")[0] for kind in type(student).__mro__}
     if "pytorch_lightning" in packages:
         raise TypeError(
@@ -181,7 +178,7 @@ def cross_entropy(output: Any, target: Any) -> Tensor:
             f"target: {what}, for logits of shape {tuple(logits.shape)} = (batch, classes, ...); "
             "expected class indices of shape (batch, ...) or probabilities of the logits' shape"
         )
-    return F.cross_entropy(logits, target)
+    return F.cross_entropy(logits, target if is_probability else target.long())
 
 
 def name_of(function: Callable[..., Any]) -> str:

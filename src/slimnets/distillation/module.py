@@ -88,7 +88,7 @@ class DistillationModule(L.LightningModule):
         optimizer: For a plain ``nn.Module``, a function of its parameters that returns an optimizer
             or whatever ``configure_optimizers`` may return; AdamW with its defaults if not given.
         teacher_weights: A file to fill the teacher from: safetensors, or the state dict of
-            ``torch.save``, or a checkpoint of Lightning.
+            ``torch.save``, or a checkpoint of Lightning (of a DistillationModule, its student).
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -243,6 +243,10 @@ class DistillationModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the run was distilled from, and how."""
         checkpoint["distillation"] = self._settings()
+        # LightningCLI takes hyperparameters in a checkpoint for arguments: here, for the student
+        own = checkpoint.get("hyper_parameters", {})
+        if "student" in own:
+            checkpoint["student_hyper_parameters"] = own.pop("student")
         student = inner(self)
         if student is not None:
             with students_keys(checkpoint):

@@ -71,17 +71,18 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     Args:
         network: The network, as its author builds it.
         path: A ``.safetensors`` file, or one of ``torch.save`` with a state dict or a checkpoint of
-            Lightning in it; what is pickled beside tensors and plain values is refused.
+            Lightning in it, of a DistillationModule its student's; what is pickled beside tensors
+            and plain values is refused.
 
     Raises:
-        ValueError: If names or shapes are not those of ``network``, which is left as it was.
+        ValueError: If the file is damaged or refused, or names or shapes are not those of
+            ``network``, which is left as it was.
+        OSError: If there is no such file.
     """
-    if Path(path).suffix == ".safetensors":
-        state: dict[str, Any] = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
     own = network.state_dict()
+    state = _state_in(path)
+    if state.keys() != own.keys() and all(name.startswith("student.") for name in state):
+        state = {name.removeprefix("student."): value for name, value in state.items()}
     wrong = sorted(
         name
         for name in own.keys() | state.keys()
@@ -97,6 +98,23 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             f"{hint}"
         )
     network.load_state_dict(state)
+
+
+def _state_in(path: str | Path) -> dict[str, Any]:
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged file, torch and pickle raise a dozen kinds
+        raise ValueError(
+            f"teacher_weights={str(path)!r} cannot be read: expected whole safetensors, or a state "
+            "dict of torch.save or checkpoint of Lightning with nothing but tensors and plain "
+            "values; load any other file yourself, if you trust it, and pass the network as "
+            "teacher="
+        ) from error
+    return loaded.get("state_dict", loaded)  # type: ignore[no-any-return]
 
 
 def _is_artifact(path: str | Path) -> bool:

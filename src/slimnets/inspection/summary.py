@@ -51,7 +51,7 @@ class Summary:
         for field in ("weights", "nonzeros", "bytes", "macs", "effective_macs"):
             theirs, own = getattr(self.baseline.total, field), getattr(self.total, field)
             if theirs is not None and own is not None:
-                found[field] = theirs / own if own else math.inf
+                found[field] = theirs / own if own else math.inf if theirs else 1.0
         return found | ({"latency": self.speedup.median} if self.speedup else {})
 
     @property

@@ -47,7 +47,8 @@ class LowRank(L.Callback):
     these evaluate the network as it is. Without this callback on the Trainer, and in
     ``load_from_checkpoint``, a dense module does not know the pairs: make a file of the checkpoint
     with :func:`slimnets.convert_checkpoint`, and :func:`slimnets.load` it. A run that fails or ends
-    before its first optimizer step leaves the layers as they were.
+    before its first optimizer step leaves the layers as they were. The ``weight`` of a pair is
+    computed from two: give optimizers the ``parameters()`` of layers.
 
     With ``at``, training begins with the dense layers, and they are replaced in the middle of the
     run. Optimizers get the new parameters in the place of the old ones: what they keep of biases
@@ -61,7 +62,7 @@ class LowRank(L.Callback):
             in (0, 1).
         decomposition: ``"spatial"`` turns a d x d convolution into d x 1 and 1 x d (Tai et al.,
             arXiv 1511.06067), ``"channel"`` into d x d and 1 x 1.
-        exclude: Layers to leave: globs, types, or predicates of (name, layer).
+        exclude: Layers to leave: globs, types, or predicates of (name, layer); in YAML, globs.
         at: When to replace: after that many optimizer steps, if an int; at that fraction of the
             run in (0, 1), if a float. By default, before training. Steps are those of all
             optimizers.

@@ -45,6 +45,7 @@ class Row:
         after: The same afterwards.
         reason: Why it is left; empty if it is not.
         asked: Whether it is left because the arguments say so.
+        unmet: The rank asked for, of a pair that is there already and has another.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Row:
     after: int
     reason: str = ""
     asked: bool = False
+    unmet: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,11 @@ def plan(
         kind, weights = type(layer).__name__, _count(layer)
         asked = "excluded" if name not in chosen else "" if name in ranks else "not in r"
         reason = asked or _reason_to_leave(layer, holders, inside, beside)
-        rank = None
+        rank = unmet = None
+        if isinstance(layer, LowRankPair) and not asked and energy is None:
+            wanted = _resolve(ranks[name], _full_rank(layer))
+            unmet = wanted if wanted != layer.rank else None
+            reason += f", not {unmet}: slimnets.merge makes it dense again" if unmet else ""
         if not reason:
             weight = cast(Tensor, layer.weight).detach()
             if not weight.isfinite().all():
@@ -142,7 +148,7 @@ def plan(
                 rank = _resolve(ranks[name], min(shape))
             reason = _reason_of_size(rank, *shape)
         if rank is None or reason:
-            rows.append(Row(name, kind, None, weights, weights, reason, bool(asked)))
+            rows.append(Row(name, kind, None, weights, weights, reason, bool(asked), unmet))
         else:
             rows.append(Row(name, kind, rank, weights, rank * sum(shape)))
     return Plan(tuple(rows))
@@ -256,6 +262,10 @@ def _inside(one: object) -> Collection[object]:
 
 def _resolve(r: Rank | None, full_rank: int) -> int:
     return int(r) if isinstance(r, Integral) else rank_for_fraction(cast(float, r), full_rank)
+
+
+def _full_rank(pair: LowRankPair) -> int:
+    return min(pair.first.weight[0].numel(), pair.second.weight[:, 0].numel())
 
 
 def _reason_of_size(rank: int, rows: int, columns: int) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from slimnets.lowrank.modules import LowRankPair, pairs_of
 from slimnets.lowrank.plan import Plan
@@ -13,7 +14,7 @@ from slimnets.lowrank.plan import Plan
 def scalars(network: nn.Module) -> dict[str, float]:
     """The rank of each pair, and how many weights there are with them and were without."""
     pairs = pairs_of(network)
-    after = sum(parameter.numel() for parameter in network.parameters())
+    after = sum(one.numel() for one in network.parameters() if not is_lazy(one))
     before = after + sum(_saved(pair) for pair in pairs.values())
     ranks = {f"rank/{name}": float(pair.rank) for name, pair in pairs.items()}
     return {**ranks, "weights/before": float(before), "weights/after": float(after)}
@@ -23,6 +24,9 @@ def tell(todo: Plan, network: nn.Module) -> None:
     """Say what was done to ``network``, and what was left for which reason."""
     if not pairs_of(network):
         rank_zero_warn(f"LowRank replaces no layer:\n{todo}")
+    elif not todo.ranks and (unmet := [row for row in todo if row.unmet]):
+        left = "; ".join(f"{row.name!r} ({row.reason})" for row in unmet)
+        rank_zero_warn(f"LowRank replaces no layer and leaves {left}")
     elif todo.ranks:
         before, after = (sum(getattr(row, side) for row in todo) for side in ("before", "after"))
         left = "".join(f"\n  left {row.name!r}: {row.reason}" for row in todo.left)

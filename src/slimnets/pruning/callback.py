@@ -78,7 +78,8 @@ class GradualPrune(L.Callback):
             ``magnitude``, ``random`` or any callable.
         scope: ``"layer"``, the same sparsity in every layer; or ``"global"``, the lowest scores of
             the whole network.
-        exclude: Layers to leave alone: globs over names, types, or predicates of (name, layer).
+        exclude: Layers to leave alone: globs over names, types, or predicates of (name, layer); in
+            YAML, globs.
             Globs and predicates go on choosing a layer that ``LowRank`` replaces; a type that is a
             class of your own does not, for the pair is of ordinary layers.
 

@@ -185,7 +185,8 @@ def target_sparsity(
     Args:
         network: The network to prune.
         sparsity: A fraction in [0, 1) for every layer, or a mapping of globs over layer names to
-            fractions; the first that matches wins, and layers that none matches are left alone.
+            fractions; the first that matches wins, and layers that none matches are left alone. A
+            weight that several layers share is matched by the names of all that are not left.
         exclude: As in :func:`prunable_weights`.
 
     Returns:
@@ -197,7 +198,11 @@ def target_sparsity(
     layers = without(prunable_layers(network), as_selectors(exclude), pairs_of(network))
     per_layer = assign(sparsity, layers, "sparsity")
     parameters = prunable_weights(network, exclude, layers=per_layer)
-    targets = {name: float(per_layer[name.rpartition(".")[0]]) for name in parameters}
+    shares: dict[int, float] = {}
+    for name, share in per_layer.items():
+        for weights in _weights_of(layers[name]).values():
+            shares.setdefault(id(weights), float(share))
+    targets = {name: shares[id(weights)] for name, weights in parameters.items()}
     if not parameters:
         raise ValueError(
             f"{type(network).__name__} has no layer to prune: no convolution, linear or recurrent "
