@@ -13,7 +13,7 @@ T = TypeVar("T")
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A glob over names of layers or what contains them, a type, or a predicate of (name, layer)."""
 
-Selectors: TypeAlias = Iterable[Selector] | Selector  # in which order LightningCLI writes them too
+Selectors: TypeAlias = Iterable[Selector] | Selector  # LightningCLI saves a list as the first
 
 
 def compressed_network(module: nn.Module) -> nn.Module:
