@@ -19,7 +19,10 @@ class CompressionCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Write the student's file beside the logs."""
-        path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "student.safetensors"
+        folder = self.trainer.log_dir or self.trainer.default_root_dir  # asked on every rank
+        if not self.trainer.is_global_zero:
+            return
+        path = Path(folder) / "student.safetensors"
         slimnets.save(self.model, path)
         print(f"\n{slimnets.summarize(self.model)}\n\n{path}: {path.stat().st_size:,} bytes")
 

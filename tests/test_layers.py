@@ -6,6 +6,7 @@ from slimnets.layers import (
     as_selectors,
     assign,
     compressed_network,
+    glob_matches,
     is_parametrized,
     names_of,
     paths_in,
@@ -29,6 +30,11 @@ def test_a_glob_that_wins_nothing_is_an_error():
         assign({"*": 2, "b": 1}, layers(), "r")
     with pytest.raises(ValueError, match=r"r\['a'\]=3 has no effect: .* '\*0', 'a\.1' before it"):
         assign({"a.1": 1, "b": 2, "*0": 2, "a": 3}, layers(), "r")
+
+
+def test_a_name_matches_itself_whatever_is_in_it():
+    assert glob_matches("conv[3x3].first", "conv[3x3]")
+    assert not glob_matches("conv3.first", "conv[3x3]x")
 
 
 def test_globs_are_case_sensitive_and_cross_dots():

@@ -83,7 +83,8 @@ def glob_matches(name: str, glob: str) -> bool:
         [True, True, False]
     """
     parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:n]), glob) for n in range(len(parts), 0, -1))
+    paths = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return glob in paths or any(fnmatchcase(path, glob) for path in paths)  # "[" may be in a name
 
 
 def matches(name: str, layer: nn.Module, selector: Selector) -> bool:

@@ -57,6 +57,12 @@ def test_recurrent_layers(kind: type[nn.RNNBase], bidirectional: bool) -> None:
     assert count(layer, x(3, 5, 6)) == {"": (expected, expected // 2)}
 
 
+def test_a_bilinear_layer_multiplies_by_every_weight() -> None:
+    layer = nn.Bilinear(3, 4, 5)
+    found = count_macs(layer, lambda: layer(torch.ones(2, 3), torch.ones(2, 4)))
+    assert found[""].dense == 2 * 3 * 4 * 5
+
+
 def test_attention_counts_its_scores_too() -> None:
     layer = nn.MultiheadAttention(8, 2, batch_first=True)
     half_zero(layer.in_proj_weight)

@@ -135,6 +135,8 @@ def test_a_network_without_nonzeros_divides_by_nothing() -> None:
     network = nn.Linear(2, 2)
     network.weight.data.zero_()
     assert summarize(network, baseline=nn.Linear(2, 2)).ratios["nonzeros"] == float("inf")
+    written = summarize(network, baseline=nn.Linear(2, 2)).to_dict()
+    assert json.loads(json.dumps(written, allow_nan=False))["ratios"]["nonzeros"] is None
     assert summarize(nn.Flatten(), baseline=nn.Flatten()).ratios["weights"] == 1
 
 

@@ -422,8 +422,8 @@ def test_ranks_and_sizes_are_logged(make_trainer, tmp_path):
     header, first = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().split("\n")[:2]
     found = dict(zip(header.split(","), first.split(","), strict=True))
     assert float(found["rank/network.7"]) == 4
-    assert float(found["weights/before"]) == weights
-    assert float(found["weights/after"]) == sum(p.numel() for p in module.parameters())
+    assert float(found["parameters/before"]) == weights
+    assert float(found["parameters/after"]) == sum(p.numel() for p in module.parameters())
     assert float(found["step"]) == 0
 
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import partial
 
 import lightning as L
+import numpy as np
 import pytest
 import pytorch_lightning
 import torch
@@ -704,6 +705,21 @@ def test_the_progress_bar_and_the_logger_see_the_sparsity(make_trainer, tmp_path
         assert column in header
 
 
+def test_two_callbacks_log_one_target(make_trainer, tmp_path):
+    first, second = GradualPrune({"network.0": 0.5}), GradualPrune({"network.3": 0.9})
+    logger = CSVLogger(tmp_path)
+    options = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 1}
+    module = Classifier()
+    make_trainer(callbacks=[first, second], **options).fit(module, small_data(), small_data(8))
+    with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["sparsity/target"]]
+    by_step = {row["step"]: row["sparsity/target"] for row in rows}
+    assert {(row["step"], row["sparsity/target"]) for row in rows} == {*by_step.items()}
+    sizes = [module.network[i].weight.numel() for i in (0, 3)]
+    expected = (0.5 * sizes[0] + 0.9 * sizes[1]) / sum(sizes)
+    assert float(rows[-1]["sparsity/target"]) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -819,6 +835,21 @@ def test_a_run_that_is_over_keeps_its_state_when_it_is_resumed(make_trainer, tmp
     assert first["masks"].keys() == second["masks"].keys()
 
 
+def test_a_second_fit_with_nothing_left_to_train_keeps_the_state(make_trainer, tmp_path):
+    prune = GradualPrune(0.9)
+    module, _, trainer = run(make_trainer, prune)
+    before, masks = prune.state_dict(), prune.masks
+    trainer.fit(module, small_data(), small_data(8))
+    assert prune.target_reached
+    assert prune.masks.keys() == masks.keys()
+    assert all(torch.equal(prune.masks[name], mask) for name, mask in masks.items())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"][prune.state_key]
+    assert saved["steps"] == before["steps"]
+    resumed = make_trainer(max_epochs=4, callbacks=[GradualPrune(0.9)])
+    resumed.fit(Classifier(), small_data(), small_data(8), ckpt_path=tmp_path / "x.ckpt")
+
+
 def test_a_callback_that_served_another_run_begins_anew(make_trainer, tmp_path):
     prune = GradualPrune(0.9)
     module, watch, trainer = run(make_trainer, prune)
@@ -870,6 +901,36 @@ def test_rounding_does_not_keep_the_end_from_being_the_target(make_trainer, init
     module, *_ = run(make_trainer, prune, module)
     assert zeros(module) == expected(module, final)
     assert prune.target_reached
+
+
+class OneAfterTheOther(Manual):
+    """The second optimizer's weights have no gradients when the first one steps."""
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            weights = [w for group in optimizer.param_groups for w in group["params"]]
+            optimizer.zero_grad()
+            for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                weight.grad = gradient
+            optimizer.step()
+
+
+def test_a_criterion_is_tried_with_weights_whose_gradients_are_there(make_trainer):
+    prune = GradualPrune(
+        0.9, begin=0, end=4, every=1, criterion=lambda weights: (weights * weights.grad).abs()
+    )
+    run(make_trainer, prune, OneAfterTheOther())
+    assert prune.target_reached
+
+
+def test_what_becomes_of_the_callers_mapping_is_no_matter(make_trainer):
+    sparsity = {"network.0": np.float64(0.5)}
+    prune = GradualPrune(sparsity)
+    sparsity.clear()
+    run(make_trainer, prune)
+    assert list(prune.masks) == ["network.0.weight"]
+    assert repr(prune.sparsity) == "{'network.0': 0.5}"
 
 
 def test_two_instances_on_one_layer_are_refused(make_trainer):

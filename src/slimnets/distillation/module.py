@@ -115,7 +115,9 @@ class DistillationModule(L.LightningModule):
         temperature: float = DEFAULT_TEMPERATURE,
         loss: Callable[[Any, Any], Tensor] | None = None,
         logits: str | None = None,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+        | Callable[[Iterable[nn.Parameter]], Any]
+        | None = None,
         teacher_weights: str | Path | None = None,
     ) -> None:
         check_networks(student, teacher)

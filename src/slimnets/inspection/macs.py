@@ -133,6 +133,10 @@ def _convolution(
     return [(len(x) * positions * weight.numel(), (weight,))]
 
 
+def _bilinear(out: Tensor, a: Tensor, weight: Tensor, *_: object) -> Products:
+    return [(out.numel() // len(weight) * weight.numel(), (weight,))]
+
+
 def _attention(out: object, query: Tensor, key: Tensor, value: Tensor, *_: object) -> Products:
     keys, scores = key.shape[-2], query.numel() // query.shape[-1]
     return [(scores * keys * (query.shape[-1] + value.shape[-1]), ())]
@@ -156,6 +160,7 @@ _PRODUCTS: dict[str, Callable[..., Products]] = {
     "baddbmm": _add_matmul,
     "addmv": _add_matmul,
     "convolution": _convolution,
+    "_trilinear": _bilinear,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention": _attention,
     "_scaled_dot_product_efficient_attention": _attention,

@@ -71,7 +71,7 @@ class Summary:
         return {name: float(value) for name, value in found.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as nested dictionaries and lists, ready for JSON."""
+        """Everything as nested dictionaries and lists, ready for JSON; a ratio to 0 is None."""
         return {
             "rows": [row.to_dict() for row in self.rows],
             "total": self.total.to_dict(),
@@ -80,7 +80,7 @@ class Summary:
             "speedup": asdict(self.speedup) if self.speedup else None,
             "conditions": self.conditions,
             "baseline": self.baseline.to_dict() if self.baseline else None,
-            "ratios": self.ratios,
+            "ratios": {k: v if math.isfinite(v) else None for k, v in self.ratios.items()},
         }
 
     def to_markdown(self) -> str:
@@ -91,7 +91,8 @@ class Summary:
         return self._shown_by(table.text)
 
     def _shown_by(self, show: Callable[..., str]) -> str:
-        fields = table.columns((*self.rows, self.total))
+        theirs = [self.baseline.total] if self.baseline else []
+        fields = table.columns([*self.rows, self.total, *theirs])
         feet = [table.cells(self.total, fields)]
         if self.baseline is not None:
             feet.append(["baseline", *table.cells(self.baseline.total, fields)[1:]])

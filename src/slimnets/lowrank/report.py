@@ -12,12 +12,12 @@ from slimnets.lowrank.plan import Plan
 
 
 def scalars(network: nn.Module) -> dict[str, float]:
-    """The rank of each pair, and how many weights there are with them and were without."""
+    """The rank of each pair, and how many parameters there are with them and were without."""
     pairs = pairs_of(network)
     after = sum(one.numel() for one in network.parameters() if not is_lazy(one))
     before = after + sum(_saved(pair) for pair in pairs.values())
-    ranks = {f"rank/{name}": float(pair.rank) for name, pair in pairs.items()}
-    return {**ranks, "weights/before": float(before), "weights/after": float(after)}
+    ranks = {f"rank/{name or '(root)'}": float(pair.rank) for name, pair in pairs.items()}
+    return {**ranks, "parameters/before": float(before), "parameters/after": float(after)}
 
 
 def tell(todo: Plan, network: nn.Module) -> None:

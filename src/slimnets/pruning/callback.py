@@ -59,6 +59,9 @@ class GradualPrune(L.Callback):
     Layers that are initialised with rows or columns of zeros, to be trained from there, cannot be
     told from pruned ones: exclude them, or initialise them with small numbers.
 
+    Several on one Trainer are told apart by their globs, in ``sparsity`` and ``exclude``, and the
+    names of types and functions there.
+
     Zhu & Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
     compression" (arXiv 1710.01878).
 
@@ -71,6 +74,7 @@ class GradualPrune(L.Callback):
             The steps are those of the optimizer that owns the weights; of several, those of all.
         end: The last update, at which ``sparsity`` is reached; an int or a float as above.
         every: The steps from one update to the next; an int or a float as above, at least one step.
+            The figures of each update are logged.
         schedule: From progress in [0, 1] to a share in [0, 1] of the way from ``initial`` to
             ``sparsity``: ``cubic``, ``linear``, ``one_shot`` or any callable with
             ``schedule(1.0) == 1.0``.
@@ -122,8 +126,13 @@ class GradualPrune(L.Callback):
         check_schedule(schedule)
         check_criterion(criterion)
 
-        self.sparsity = sparsity
-        self.initial = initial
+        # Python's own numbers, of which checkpoints write the same
+        self.sparsity: Sparsity
+        if isinstance(sparsity, Mapping):
+            self.sparsity = {glob: float(share) for glob, share in sparsity.items()}
+        else:
+            self.sparsity = float(sparsity)
+        self.initial = float(initial)
         self.begin, self.end, self.every = begin, end, every
         self.schedule = schedule
         self.criterion = criterion
@@ -131,12 +140,13 @@ class GradualPrune(L.Callback):
         self.exclude = as_selectors(exclude)
 
         self._pruner: Pruner | None = None
+        self._before: Pruner | None = None  # of the last run, until the next begins
         self._clock = Clock(Span(0, 0, 1), [], initial, schedule)
         self._progress: list[float | None] = []  # of each optimizer, at the last update of all
         self._start = 0  # trainer.global_step at step 0
         self._restored: dict[str, Any] | None = None
         self._unlogged = False
-        self._checked = False
+        self._tried: set[int] = set()  # optimizers with whose weights the criterion has been
         self._is_fitting = False
 
     @property
@@ -162,7 +172,8 @@ class GradualPrune(L.Callback):
         self._is_fitting = stage == "fit"
         if self._is_fitting:
             # a callback that has served another run begins anew; a checkpoint is restored later
-            self._pruner, self._restored, self._checked = None, None, False
+            self._before, self._pruner, self._restored = self._pruner, None, None
+            self._tried = set()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the weights and the steps of the run; nothing is pruned yet."""
@@ -180,7 +191,7 @@ class GradualPrune(L.Callback):
             pruner.load_state_dict(restored["masks"])
 
         warn_at_start(network, pruner, self.sparsity, self.exclude)
-        self._pruner, self._progress = pruner, []
+        self._pruner, self._before, self._progress = pruner, None, []
         self._start = trainer.global_step - max(steps, default=0)
         self._unlogged = True
         self._clock.stop()
@@ -205,10 +216,11 @@ class GradualPrune(L.Callback):
         """Mask the gradients, before they are clipped; and prune, if pruning begins at step 0."""
         if self._pruner is None:
             return
-        if not self._checked:
-            self._pruner.try_criterion()
-            self._checked = True
         index = trainer.optimizers.index(optimizer)
+        if index not in self._tried:  # others may have no gradients yet
+            several = len(trainer.optimizers) > 1
+            self._pruner.try_criterion(self._due(trainer, index if several else None))
+            self._tried.add(index)
         if not self._clock.steps[index]:
             self._grow(trainer, index)
         self._pruner.mask_gradients()
@@ -269,6 +281,8 @@ class GradualPrune(L.Callback):
         """Prune what was written in ``on_fit_end``, the module's or a callback's after this one."""
         if stage == "fit":
             self._keep_zeros()
+            if self._pruner is None and self._restored is None:  # there was nothing left to train
+                self._pruner, self._before = self._before, None
 
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit a weight, steps, span, and the arguments for comparison."""
@@ -406,6 +420,6 @@ class GradualPrune(L.Callback):
         if not self._unlogged or not self._progress:
             return
         self._unlogged = False
-        figures = scalars(self._pruner, self._due(trainer))
+        figures = scalars(self._pruner, {p: one._due(trainer) for one, p in pruners.items()})
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=logged_step(trainer))

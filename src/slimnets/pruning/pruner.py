@@ -1,6 +1,6 @@
 """The masks of a network's weights, and pruning without a Trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -131,15 +131,15 @@ class Pruner:
             if 0 < self.parameters[name].numel() <= k
         ]
 
-    def try_criterion(self) -> None:
-        """Raise where the criterion is none, before anything is pruned.
+    def try_criterion(self, names: Iterable[str]) -> None:
+        """Raise where the criterion is none for the weights ``names``, before any is pruned.
 
         Raises:
             ValueError: If it returns scores of another shape.
         """
         devices = {w.device for w in self.parameters.values() if w.device.type == "cuda"}
         with torch.random.fork_rng(devices), torch.no_grad():
-            for name in self.parameters:
+            for name in names:
                 self._scores(name)
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ def prune(
     check_criterion(criterion)
     parameters, targets = target_sparsity(compressed_network(model), sparsity, exclude)
     pruner = Pruner(parameters, targets, criterion, scope)
-    pruner.try_criterion()
+    pruner.try_criterion(parameters)
     pruner.grow(targets)
     pruner.apply(parameters)
     return {name: ~pruned for name, pruned in pruner.pruned.items()}

@@ -12,10 +12,15 @@ from slimnets.pruning.span import Span
 from slimnets.pruning.weights import Sparsity, left_alone
 
 
-def scalars(pruner: Pruner, due: Mapping[str, float]) -> dict[str, float]:
-    """The sparsity that is due over all weights, and each tensor's own with its threshold."""
+def scalars(pruner: Pruner, due: Mapping[Pruner, Mapping[str, float]]) -> dict[str, float]:
+    """The sparsity that is due over the weights of all, and each of its own with its threshold."""
+    zeros = sum(
+        share * one.parameters[name].numel()
+        for one, shares in due.items()
+        for name, share in shares.items()
+    )
+    target = zeros / sum(one.total for one in due)
     sizes = {name: weights.numel() for name, weights in pruner.parameters.items()}
-    target = sum(share * sizes[name] for name, share in due.items()) / pruner.total
     own = {f"sparsity/{name}": n / sizes[name] for name, n in pruner.counts.items()}
     thresholds = {f"threshold/{name}": value for name, value in pruner.thresholds.items()}
     return {"sparsity/target": target, **own, **thresholds}
