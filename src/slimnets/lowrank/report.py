@@ -16,7 +16,7 @@ def scalars(network: nn.Module) -> dict[str, float]:
     pairs = pairs_of(network)
     after = sum(one.numel() for one in network.parameters() if not is_lazy(one))
     before = after + sum(_saved(pair) for pair in pairs.values())
-    ranks = {f"rank/{name or '(root)'}": float(pair.rank) for name, pair in pairs.items()}
+    ranks = {f"rank/{name or 'root'}": float(pair.rank) for name, pair in pairs.items()}
     return {**ranks, "parameters/before": float(before), "parameters/after": float(after)}
 
 
