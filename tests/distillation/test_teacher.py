@@ -132,6 +132,12 @@ def test_a_damaged_file_is_named(tmp_path, name) -> None:
         load_weights(small_network(), tmp_path / f"no-{name}")
 
 
+def test_a_file_of_something_else_has_no_names(tmp_path) -> None:
+    torch.save(torch.ones(3), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt' are not of this Linear: 2 of 2 names"):
+        load_weights(nn.Linear(2, 2), tmp_path / "x.pt")
+
+
 def test_a_file_of_slimnets_save_is_named_as_such(tmp_path) -> None:
     network = small_network()
     slimnets.save(network, tmp_path / "x.safetensors")

@@ -114,7 +114,7 @@ def _state_in(path: str | Path) -> dict[str, Any]:
             "values; load any other file yourself, if you trust it, and pass the network as "
             "teacher="
         ) from error
-    return loaded.get("state_dict", loaded)  # type: ignore[no-any-return]
+    return loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
 
 
 def _is_artifact(path: str | Path) -> bool:
