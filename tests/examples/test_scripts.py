@@ -87,12 +87,10 @@ def test_the_yaml_goes_on_from_quickstarts_teacher(quickstart: tuple[Path, str])
     with example("quickstart") as module:
         assert zeros(slimnets.load(path, module.Classifier())) == pytest.approx(0.9, abs=0.001)
 
-    # the configuration that was saved, and the checkpoint, go on
-    saved = ["--config", path.with_name("config.yaml"), "--ckpt_path"]
+    # the configuration that was saved goes on with the checkpoint
     (checkpoint,) = path.parent.rglob("*.ckpt")
-    run(folder, "cli.py", "fit", *saved, checkpoint, "--trainer.max_epochs", 2)
-    (checkpoint,) = (folder / "lightning_logs/cli/version_1").rglob("epoch=1*.ckpt")
-    assert "student_accuracy" in run(folder, "cli.py", "test", *saved, checkpoint)
+    saved = ["--config", path.with_name("config.yaml"), "--ckpt_path", checkpoint]
+    assert "student_accuracy" in run(folder, "cli.py", "test", *saved)
 
 
 def cifar10(folder: Path, images: Path, *options: object) -> tuple[str, Path]:
