@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import TypeAlias, TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torchmetrics import Metric
 
@@ -166,6 +168,15 @@ def is_parametrized(layer: nn.Module, tensor: str = "weight") -> bool:
     return parametrize.is_parametrized(layer, tensor) or (
         tensor not in layer._parameters and hasattr(layer, tensor)
     )
+
+
+def refuse_lazy(network: nn.Module, argument: str) -> None:
+    """Raise ValueError, which names ``argument``, if a lazy layer has no weights yet."""
+    for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{argument}: {name!r} has no values yet; run one batch through the network first"
+            )
 
 
 def names_of(network: nn.Module, layer: nn.Module) -> list[str]:

@@ -5,17 +5,16 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import is_dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
 
 from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.shrink import shrink
 from slimnets.acceleration.trace import Recorder, trace
+from slimnets.layers import refuse_lazy
 
 TOLERANCE = 1e-4
 """Largest difference from PyTorch's result that is taken for rounding, as a share of its largest
@@ -31,11 +30,7 @@ def positional(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected an nn.Module")
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if is_lazy(tensor):
-            raise ValueError(
-                f"model: {name!r} has no values yet; run one batch through the network first"
-            )
+    refuse_lazy(model, "model")
     if isinstance(example_input, Mapping):
         raise TypeError(
             "example_input: got a dictionary, expected a tensor or a tuple of the arguments of "

@@ -115,6 +115,7 @@ class DistillationModule(L.LightningModule):
         temperature: float = DEFAULT_TEMPERATURE,
         loss: Callable[[Any, Any], Tensor] | None = None,
         logits: str | None = None,
+        # LightningCLI makes it of a class for the first
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
         | Callable[[Iterable[nn.Parameter]], Any]
         | None = None,

@@ -9,13 +9,12 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from slimnets.inspection import table
 from slimnets.inspection.latency import Spread, device_of, measure, undisturbed
 from slimnets.inspection.macs import count_macs
 from slimnets.inspection.rows import Row, count_rows, total
-from slimnets.layers import compressed_network
+from slimnets.layers import compressed_network, refuse_lazy
 
 
 @dataclass(frozen=True)
@@ -171,11 +170,7 @@ def summarize(
 def _check(argument: str, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{argument}={model!r}: expected an nn.Module")
-    for name, parameter in compressed_network(model).named_parameters():
-        if is_lazy(parameter):
-            raise ValueError(
-                f"{argument}: {name!r} has no values yet; run one batch through the network first"
-            )
+    refuse_lazy(compressed_network(model), argument)
 
 
 def _counted(network: nn.Module, example_input: Any) -> Summary:

@@ -31,6 +31,11 @@ def matrix_shape(shape: torch.Size, decomposition: Decomposition = "spatial") ->
     return rows, shape.numel() // rows
 
 
+def matrix_shape_of_pair(first: torch.Size, second: torch.Size) -> tuple[int, int]:
+    """The same of the weight that two layers stand for, whose weights have these shapes."""
+    return math.prod(first[1:]), second[0] * math.prod(second[2:])
+
+
 def factors(
     weight: Tensor, rank: int, decomposition: Decomposition = "spatial"
 ) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """Networks that are given a low-rank structure, and the pairs it is made of."""
 
-import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -10,6 +9,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from slimnets.layers import computes_as, is_parametrized, replace
+from slimnets.lowrank.decompose import matrix_shape_of_pair
 from slimnets.lowrank.pair import Layer, empty_dense, empty_pair, kind_of
 from slimnets.lowrank.pair import LowRankPair as LowRankPair
 
@@ -128,7 +128,7 @@ def _is_split(weight: torch.Size, first: torch.Size, second: torch.Size) -> bool
     if not len(weight) == len(first) == len(second):
         return False
     kernels = zip(weight[2:], first[2:], second[2:], strict=True)
-    full_rank = min(math.prod(first[1:]), second[:1].numel() * second[2:].numel())
+    full_rank = min(matrix_shape_of_pair(first, second))
     return (
         (second[0], first[1]) == (weight[0], weight[1])
         and first[0] == second[1]

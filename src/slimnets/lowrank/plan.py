@@ -23,6 +23,7 @@ from slimnets.lowrank.decompose import (
     Decomposition,
     as_matrix,
     matrix_shape,
+    matrix_shape_of_pair,
     rank_for_energy,
     rank_for_fraction,
 )
@@ -131,7 +132,8 @@ def plan(
         reason = asked or _reason_to_leave(layer, holders, inside, beside)
         rank = unmet = None
         if isinstance(layer, LowRankPair) and not asked and energy is None:
-            wanted = _resolve(ranks[name], _full_rank(layer))
+            sides = matrix_shape_of_pair(layer.first.weight.shape, layer.second.weight.shape)
+            wanted = _resolve(ranks[name], min(sides))
             unmet = wanted if wanted != layer.rank else None
             reason += f", not {unmet}: slimnets.merge makes it dense again" if unmet else ""
         if not reason:
@@ -262,10 +264,6 @@ def _inside(one: object) -> Collection[object]:
 
 def _resolve(r: Rank | None, full_rank: int) -> int:
     return int(r) if isinstance(r, Integral) else rank_for_fraction(cast(float, r), full_rank)
-
-
-def _full_rank(pair: LowRankPair) -> int:
-    return min(pair.first.weight[0].numel(), pair.second.weight[:, 0].numel())
 
 
 def _reason_of_size(rank: int, rows: int, columns: int) -> str:

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from slimnets.lowrank.decompose import matrix_shape_of_pair
 from slimnets.lowrank.modules import LowRankPair, pairs_of
 from slimnets.lowrank.plan import Plan
 
@@ -24,9 +25,6 @@ def tell(todo: Plan, network: nn.Module) -> None:
     """Say what was done to ``network``, and what was left for which reason."""
     if not pairs_of(network):
         rank_zero_warn(f"LowRank replaces no layer:\n{todo}")
-    elif not todo.ranks and (unmet := [row for row in todo if row.unmet]):
-        left = "; ".join(f"{row.name!r} ({row.reason})" for row in unmet)
-        rank_zero_warn(f"LowRank replaces no layer and leaves {left}")
     elif todo.ranks:
         before, after = (sum(getattr(row, side) for row in todo) for side in ("before", "after"))
         left = "".join(f"\n  left {row.name!r}: {row.reason}" for row in todo.left)
@@ -34,6 +32,8 @@ def tell(todo: Plan, network: nn.Module) -> None:
             f"LowRank replaces {len(todo.ranks)} of {len(todo.rows)} layers, {before:,} weights "
             f"become {after:,}{left}"
         )
+    elif unmet := [f"{row.name!r} ({row.reason})" for row in todo if row.unmet]:
+        rank_zero_warn(f"LowRank replaces no layer and leaves {'; '.join(unmet)}")
 
 
 def call_of(arguments: Mapping[str, Any]) -> str:
@@ -43,4 +43,5 @@ def call_of(arguments: Mapping[str, Any]) -> str:
 
 def _saved(pair: LowRankPair) -> int:
     first, second = pair.first.weight, pair.second.weight
-    return first[0].numel() * second[:, 0].numel() - first.numel() - second.numel()
+    rows, columns = matrix_shape_of_pair(first.shape, second.shape)
+    return rows * columns - first.numel() - second.numel()

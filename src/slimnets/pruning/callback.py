@@ -83,9 +83,8 @@ class GradualPrune(L.Callback):
         scope: ``"layer"``, the same sparsity in every layer; or ``"global"``, the lowest scores of
             the whole network.
         exclude: Layers to leave alone: globs over names, types, or predicates of (name, layer); in
-            YAML, globs.
-            Globs and predicates go on choosing a layer that ``LowRank`` replaces; a type that is a
-            class of your own does not, for the pair is of ordinary layers.
+            YAML, globs. Globs and predicates go on choosing a layer that ``LowRank`` replaces; a
+            type that is a class of your own does not, for the pair is of ordinary layers.
 
     Raises:
         TypeError: If an argument is of a wrong type.
