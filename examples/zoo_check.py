@@ -171,8 +171,8 @@ def _accelerate(
         outcome.choice = "not tried: boxes are chosen by their scores"
         return
     fast = slimnets.accelerate(model, inputs)
-    gain = f"{fast.report.gain:.1f}x as fast"
-    outcome.choice = fast.report.note or (gain if fast.report.gain > 1 else "kept as it is")
+    gain = f"{fast.report.speedup:.1f}x as fast"
+    outcome.choice = fast.report.note or (gain if fast.report.speedup > 1 else "kept as it is")
     outcome.accelerated = difference(network.smooth(fast, *inputs), expected)
 
 

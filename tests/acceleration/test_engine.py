@@ -55,7 +55,8 @@ import torch
 from torch import nn
 from slimnets.acceleration import codes
 from slimnets.acceleration.partition import annotate, cut
-from slimnets.acceleration.trace import Recorder, trace
+from slimnets.acceleration.nodes import Recorder
+from slimnets.acceleration.trace import trace
 torch.manual_seed(0)
 assert not codes.WIDE
 layers = nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 40, 3, stride=2), nn.Flatten()

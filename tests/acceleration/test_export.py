@@ -130,6 +130,11 @@ def test_another_suffix(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"path='.*net\.pt2': there is no folder"):
+        export(network(), torch.randn(1, 3, 8, 8), tmp_path / "gone" / "net.pt2")
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_vector_as_long_as_the_batch_is_large_changes_with_it(tmp_path, batch):
     class Scaled(nn.Module):

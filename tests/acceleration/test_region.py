@@ -15,10 +15,11 @@ pytest.importorskip("numba", reason="the engine is compiled by numba")
 
 from slimnets.acceleration.codes import DENSE
 from slimnets.acceleration.fold import fold_batch_norm
+from slimnets.acceleration.nodes import Recorder
 from slimnets.acceleration.partition import annotate, cut
 from slimnets.acceleration.region import SHAPES_KEPT, Region
 from slimnets.acceleration.steps import Matrix
-from slimnets.acceleration.trace import Recorder, trace
+from slimnets.acceleration.trace import trace
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 TOLERANCE = 1e-5

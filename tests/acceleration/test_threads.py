@@ -11,10 +11,11 @@ from torch import nn
 
 pytest.importorskip("numba", reason="the engine is compiled by numba")
 
+from slimnets.acceleration.nodes import Recorder
 from slimnets.acceleration.partition import annotate, cut
 from slimnets.acceleration.region import Region, _Plan
 from slimnets.acceleration.threads import together
-from slimnets.acceleration.trace import Recorder, trace
+from slimnets.acceleration.trace import trace
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +127,8 @@ import signal, sys, time
 import torch
 from torch import nn
 from slimnets.acceleration.partition import annotate, cut
-from slimnets.acceleration.trace import Recorder, trace
+from slimnets.acceleration.nodes import Recorder
+from slimnets.acceleration.trace import trace
 
 torch.set_num_threads(2)
 torch.set_grad_enabled(False)

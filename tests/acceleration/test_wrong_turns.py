@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 import slimnets
 from slimnets.acceleration.module import Accelerated, accelerate
+from slimnets.acceleration.nodes import is_plain
 from slimnets.acceleration.prepare import graph_of
 from slimnets.acceleration.report import Report, Row
-from slimnets.acceleration.trace import is_plain, trace
+from slimnets.acceleration.trace import trace
 from tests.support import same_text_everywhere
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod, remove
 
 from slimnets.acceleration import attend
-from slimnets.acceleration.trace import has_hooks, sharing_tensors
+from slimnets.acceleration.nodes import has_hooks
+from slimnets.acceleration.trace import sharing_tensors
 from slimnets.layers import replace
 
 

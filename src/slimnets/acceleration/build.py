@@ -119,8 +119,17 @@ class _Builder:
         if end > 2**31 - 1:
             raise ValueError("offsets that do not fit 32 bits")
         dense_bytes = sum(matrix.values.nbytes for matrix in self.matrices.values())
-        more = (self.work, self.owners, data, dense_bytes)
-        return Table(ops, floats, end, self.scratch, shapes, *more)
+        return Table(
+            ops,
+            floats,
+            arena=end,
+            scratch=self.scratch,
+            outputs=shapes,
+            work=self.work,
+            owners=self.owners,
+            data=data,
+            dense_bytes=dense_bytes,
+        )
 
     def _margins(self) -> dict[tuple[int, int], tuple[int, int]]:
         """Zeros around all images of one size, so that values can be added as they lie."""

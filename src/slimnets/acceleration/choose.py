@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 
 from slimnets.acceleration.dense import csr, exchange, following_relu, packed
 from slimnets.acceleration.measure import shortest_times
+from slimnets.acceleration.nodes import Recorder, module_of
 from slimnets.acceleration.report import Row
 from slimnets.acceleration.steps import is_full
-from slimnets.acceleration.trace import Recorder, is_plain, module_of
 
 try:
     from slimnets.acceleration.partition import annotate, cut
@@ -80,7 +80,7 @@ def choose(
     add("dense", _variant(traced, layers, set()), set())
     add("dense, channels last", _channels_last(_variant(traced, layers, set())), set())
     if ENGINE and layers:
-        computable = {node.name for node in annotate(traced)}
+        computable = annotate(traced)
         inside = set(layers) & computable
         whole = _variant(traced, layers, computable)
         _time_inside(whole, arguments, layers)
@@ -129,14 +129,14 @@ def _variant(traced: fx.GraphModule, layers: dict[str, _Layer], inside: set[str]
     graph = fx.GraphModule(traced, copy.deepcopy(traced.graph))
     for node in list(graph.graph.nodes):
         one = layers.get(node.name)
-        if one is None or node.name in inside or not is_plain(module_of(node)):
+        if one is None or node.name in inside:
             continue
         if one.outside != EAGER:
             relu = following_relu(node)
             exchange(graph, node, one.modules[one.outside], relu)
     graph.recompile()
     if inside:
-        cut(graph, {node for node in graph.graph.nodes if node.name in inside})
+        cut(graph, inside)
     return graph
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from slimnets.acceleration.trace import is_unaltered, module_of
+from slimnets.acceleration.nodes import is_unaltered, module_of
 
 
 class PackedConv2d(nn.Module):

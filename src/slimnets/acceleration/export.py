@@ -45,11 +45,14 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
     Raises:
         TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
         ValueError: If the suffix is another.
+        FileNotFoundError: If there is no such folder.
         ImportError: If a package for the format is missing.
     """
     path = Path(path)
     if path.suffix not in PACKAGES:
         raise ValueError(f"path={str(path)!r}: expected a name that ends in {', '.join(PACKAGES)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}")
     missing = [name for name in PACKAGES[path.suffix] if not find_spec(name)]
     if missing:
         extra = "executorch" if path.suffix == ".pte" else "slimnets[export]"

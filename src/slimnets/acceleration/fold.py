@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from slimnets.acceleration.trace import is_plain, is_unaltered, module_of
+from slimnets.acceleration.nodes import is_plain, is_unaltered, module_of
 
 
 def fold_batch_norm(traced: fx.GraphModule) -> None:

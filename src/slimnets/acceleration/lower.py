@@ -1,4 +1,4 @@
-"""Which nodes of a traced network the sparse engine can compute, and their steps."""
+"""Which nodes of a traced network the engine can compute, and their steps."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from slimnets.acceleration.nodes import is_plain, is_unaltered, module_of
 from slimnets.acceleration.steps import (
     INFINITY,
     Add,
@@ -20,7 +21,6 @@ from slimnets.acceleration.steps import (
     Step,
     weight_of,
 )
-from slimnets.acceleration.trace import is_plain, is_unaltered, module_of
 
 LEAST_ZEROS = 0.3
 """Of a layer in groups, below which the engine is not worth trying; without groups it always is."""

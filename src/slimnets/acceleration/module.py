@@ -148,6 +148,7 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
 
     Raises:
         TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
+        ValueError: If a lazy layer has no weights yet.
     """
     example = positional(model, example_input)
     original = copy_for_inference(compressed_network(model))
@@ -166,7 +167,7 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
         try:
             fast, report = _fastest(original, example, expected)
         except Exception as error:  # a network that runs must go on running
-            fast, report = None, Report(note=f"The network stays as it is: {error!r}")
+            fast, report = None, Report(note=f"The network stays as it is: {error!r:.200}")
     return Accelerated(original, fast, example, report)
 
 
@@ -207,7 +208,7 @@ def _fastest(
         report.note = "Nothing that was tried is faster: the network stays as it is."
         return None, report
     if not ENGINE:
-        report.note = "Numba is missing, and with it the sparse kernel: pip install slimnets[fast]"
+        report.note = "Numba is missing, and with it the engine: pip install slimnets[fast]"
     return variants[best], report
 
 

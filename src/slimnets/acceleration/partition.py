@@ -8,19 +8,19 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import create_op_support
 
 from slimnets.acceleration.lower import form_of, known
+from slimnets.acceleration.nodes import is_plain, module_of
 from slimnets.acceleration.region import Port, Region
 from slimnets.acceleration.steps import INFINITY, Add, Clamp, Concat, Conv, Linear, Step
-from slimnets.acceleration.trace import is_plain, module_of
 
 
-def annotate(traced: fx.GraphModule) -> set[fx.Node]:
-    """Mark what the engine can compute; the nodes' shapes have to be there."""
+def annotate(traced: fx.GraphModule) -> set[str]:
+    """Mark what the engine can compute, and name it; the nodes' shapes have to be there."""
     found = set()
     for node in traced.graph.nodes:
         result = known(node)
         if result is None:
             continue
-        found.add(node)
+        found.add(node.name)
         sources, _, node.meta["form"] = result
         node.meta["vector"] = (
             isinstance(module_of(node), nn.Linear)
@@ -30,9 +30,8 @@ def annotate(traced: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
-def cut(traced: fx.GraphModule, nodes: set[fx.Node]) -> dict[str, Region]:
-    """Replace ``nodes`` of ``traced`` by regions, which are returned by their names."""
-    names = {node.name for node in nodes}
+def cut(traced: fx.GraphModule, names: set[str]) -> dict[str, Region]:
+    """Replace the nodes of these names by regions, which are returned by theirs."""
     chosen = create_op_support(lambda _, node: node.name in names)
     partitioner = CapabilityBasedPartitioner(traced, chosen, allows_single_node_partition=True)
     partitions = partitioner.propose_partitions()

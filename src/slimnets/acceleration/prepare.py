@@ -12,9 +12,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, fx, nn
 
 from slimnets.acceleration.fold import fold_batch_norm
+from slimnets.acceleration.nodes import Recorder
 from slimnets.acceleration.shrink import shrink
-from slimnets.acceleration.trace import Recorder, trace
-from slimnets.layers import refuse_lazy
+from slimnets.acceleration.trace import trace
+from slimnets.layers import compressed_network, refuse_lazy
 
 TOLERANCE = 1e-4
 """Largest difference from PyTorch's result that is taken for rounding, as a share of its largest
@@ -28,26 +29,31 @@ def positional(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
         TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
         ValueError: If a lazy layer of it has no weights yet.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected an nn.Module")
-    refuse_lazy(model, "model")
+    refuse_lazy(compressed_network(model), "model")
     if isinstance(example_input, Mapping):
         raise TypeError(
             "example_input: got a dictionary, expected a tensor or a tuple of the arguments of "
             "forward; a dictionary that is one of them stands in a tuple, (dictionary,)"
         )
-    return copied(example_input if isinstance(example_input, tuple) else (example_input,))  # type: ignore[no-any-return]
+    # a tuple of its own type, such as a PackedSequence, is one argument
+    is_arguments = isinstance(example_input, tuple) and not hasattr(example_input, "_fields")
+    return copied(example_input if is_arguments else (example_input,))  # type: ignore[no-any-return]
 
 
 def copied(value: Any) -> Any:
     """``value`` with copies of the tensors in it."""
-    return apply_to_collection(value, Tensor, lambda tensor: tensor.detach().clone())
+    return apply_to_collection(value, Tensor, lambda one: one.detach().clone(), allow_frozen=True)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in ``value``, in order."""
     found: list[Tensor] = []
-    apply_to_collection(value, Tensor, found.append)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    apply_to_collection(value, Tensor, note, allow_frozen=True)
     return found
 
 
@@ -59,11 +65,11 @@ def copy_for_inference(model: nn.Module) -> nn.Module:
             # weights that hooks compute cannot be copied with their history
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    copied = copy.deepcopy(model, memo).eval()
-    for parameter in copied.parameters():
+    network = copy.deepcopy(model, memo).eval()
+    for parameter in network.parameters():
         if parameter.is_leaf:  # those of a copied ScriptModule are not, nor has it requires_grad_
             parameter.requires_grad_(False)
-    return copied
+    return network
 
 
 def graph_of(network: nn.Module, example: tuple[Any, ...], expected: Any) -> fx.GraphModule | None:
@@ -80,7 +86,8 @@ def graph_of(network: nn.Module, example: tuple[Any, ...], expected: Any) -> fx.
 
 def _agree(graph: fx.GraphModule, network: nn.Module, inputs: tuple[Any, ...]) -> bool:
     try:
-        expected = network(*copied(inputs))
+        with torch.compiler.set_stance("force_eager"):
+            expected = network(*copied(inputs))
         with redirect_stderr(io.StringIO()):
             found = graph(*copied(inputs))
     except Exception:  # such inputs are not for this network, or the graph leaves them to it
@@ -109,7 +116,9 @@ def _others(example: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         return tensor[..., : -(-3 * tensor.shape[-1] // 4)] if tensor.dim() > 2 else tensor
 
     for change in (Tensor.clone, samples, width):
-        yield apply_to_collection(example, Tensor, lambda one, change=change: values(change(one)))
+        yield apply_to_collection(
+            example, Tensor, lambda one, change=change: values(change(one)), allow_frozen=True
+        )
 
 
 def simplify(
@@ -145,7 +154,8 @@ def _close(found: Any, expected: Any) -> bool:
             return torch.equal(found, expected)
         finite = expected[expected.isfinite()].abs()
         scale = float(finite.max()) if finite.numel() else 1.0
-        return torch.allclose(found, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
+        share = max(TOLERANCE, 2 * torch.finfo(expected.dtype).eps)  # of halves
+        return torch.allclose(found, expected, rtol=0, atol=share * scale, equal_nan=True)
     if type(found) is not type(expected):  # as a graph makes a dict of its subclasses
         return False
     if isinstance(expected, dict):

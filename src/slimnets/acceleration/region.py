@@ -1,4 +1,4 @@
-"""A part of a network that the sparse engine computes, as a module."""
+"""A part of a network that the engine computes, as a module."""
 
 import threading
 from collections import OrderedDict, deque
@@ -153,7 +153,7 @@ def _zeros(floats: int) -> tuple[Any, int]:
 
 
 class Region(nn.Module):
-    """Computes ``steps`` with the sparse engine; other shapes and types in PyTorch.
+    """Computes ``steps`` with the engine; other shapes and types in PyTorch.
 
     Tables are kept for a few sizes of images. Where more take turns, a size that has not come twice
     among the last few new ones is computed in PyTorch.

@@ -16,7 +16,7 @@ class Row:
     Attributes:
         name: Its name in the network.
         kind: Its type.
-        zeros: Share of its weights that are zero, in [0, 1].
+        sparsity: Share of its weights that are zero, in [0, 1].
         choice: How it is computed now.
         before: Milliseconds that PyTorch takes for it on the example.
         after: Milliseconds that it takes now; what was folded into it is counted here.
@@ -24,13 +24,13 @@ class Row:
 
     name: str
     kind: str
-    zeros: float
+    sparsity: float
     choice: str
     before: float
     after: float
 
     @property
-    def gain(self) -> float:
+    def speedup(self) -> float:
         """How many times faster it has become."""
         return self.before / self.after if self.after else float("inf")
 
@@ -56,7 +56,7 @@ class Report:
     note: str = ""
 
     @property
-    def gain(self) -> float:
+    def speedup(self) -> float:
         """How many times faster the whole network has become."""
         return self.before / self.after if self.after else 1.0
 
@@ -70,15 +70,15 @@ class Report:
         table = Table(title=f"Accelerated, {self.threads} thread{plural}", caption=caption)
         for name in ("layer", "type"):
             table.add_column(name, footer="all" if name == "layer" else "")
-        table.add_column("zeros", justify="right")
+        table.add_column("sparsity", justify="right")
         table.add_column("computed by")
-        totals = (f"{self.before:.3f}", f"{self.after:.3f}", f"{self.gain:.1f}x")
-        for name, total in zip(("before, ms", "now, ms", "gain"), totals, strict=True):
+        totals = (f"{self.before:.3f}", f"{self.after:.3f}", f"{self.speedup:.1f}x")
+        for name, total in zip(("before, ms", "now, ms", "speedup"), totals, strict=True):
             table.add_column(name, footer=total, justify="right")
         table.show_footer = True
         for row in self.rows:
-            times = (f"{row.before:.3f}", f"{row.after:.3f}", f"{row.gain:.1f}x")
-            cells = (row.name, row.kind, f"{row.zeros:.1%}", row.choice, *times)
+            times = (f"{row.before:.3f}", f"{row.after:.3f}", f"{row.speedup:.1f}x")
+            cells = (row.name, row.kind, f"{row.sparsity:.1%}", row.choice, *times)
             table.add_row(*map(Text, cells))  # no part of a name is markup
         return table
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from slimnets.acceleration.lower import LIMITS
-from slimnets.acceleration.trace import is_plain, is_unaltered, module_of
+from slimnets.acceleration.nodes import is_plain, is_unaltered, module_of
 
 PASSING = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
 """Modules that give a constant channel as it is, and keep the order of channels."""

@@ -1,4 +1,4 @@
-"""What the sparse engine can compute, as plain steps that know no shapes yet.
+"""What the engine can compute, as plain steps that know no shapes yet.
 
 A region of a network is a list of steps over numbered values; a value is an image of some
 channels (features are an image of one pixel).

@@ -1,9 +1,8 @@
-"""From a module to a graph of layers, and the layers that can be computed in another place."""
+"""From a module to a graph of layers."""
 
 import copy
 import gc
 import inspect
-import operator
 import pickle
 import random
 import weakref
@@ -14,11 +13,9 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, fx, nn
-from torch.nn.modules.dropout import _DropoutNd
 
-from slimnets.layers import computes_as
-
-IN_PLACE_FUNCTIONS = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
+from slimnets.acceleration.nodes import has_hooks, is_plain
+from slimnets.acceleration.views import flatten_views, order_in_place
 
 
 class _Proxy(fx.Proxy):
@@ -97,9 +94,9 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     for node in graph.nodes:
         node.type = None  # torch 2.6 cannot write `Tensor | None` twice
     traced = fx.GraphModule(model, graph)
-    if not _order_in_place(traced):
+    if not order_in_place(traced):
         return None
-    _flatten_views(traced)
+    flatten_views(traced)
     return traced
 
 
@@ -112,16 +109,6 @@ def _traced(model: nn.Module, fixed: dict[str, Any]) -> tuple[fx.Graph, bool]:
     if any(one() is not None for one in made):
         gc.collect()  # a failure within a module holds values in a circle
     return graph, any(one() is not None for one in made)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something happens when ``module`` is called, besides its forward method."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def is_unaltered(module: nn.Module) -> bool:
-    """Whether ``module`` does what its type says: no hooks, and no forward method of its own."""
-    return not has_hooks(module) and "forward" not in vars(module)
 
 
 def _is_called_as_a_module(model: nn.Module) -> bool:
@@ -181,138 +168,3 @@ def versions_of(model: nn.Module) -> dict[str, tuple[int, int]]:
 def version_of(tensor: Tensor) -> int:
     """How often ``tensor`` has been changed in place; 0 where PyTorch does not count."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def module_of(node: fx.Node) -> nn.Module | None:
-    """The module that ``node`` calls."""
-    if node.op != "call_module":
-        return None
-    owner = node.graph.owning_module
-    assert owner is not None
-    return owner.get_submodule(str(node.target))
-
-
-def _works_in_place(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        return (
-            node.target in IN_PLACE_FUNCTIONS
-            or (name.endswith("_") and not name.endswith("__"))
-            or bool(node.kwargs.get("inplace"))
-        )
-    return bool(getattr(module_of(node), "inplace", False))
-
-
-# fmt: off
-VIEWS = {
-    "getitem", "getattr", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten",
-    "ravel", "transpose", "t", "permute", "squeeze", "unsqueeze", "chunk", "split", "tensor_split",
-    "narrow", "select", "expand", "expand_as", "detach", "movedim", "moveaxis", "unbind",
-    "swapaxes", "swapdims", "contiguous", "diagonal", "unfold", "to", "float", "type", "type_as",
-    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
-}
-# fmt: on
-"""Functions and methods whose result may share its memory with their first argument."""
-
-ATTRIBUTES = ("T", "mT", "H", "mH", "data", "real", "imag")
-VIEWING = (nn.Flatten, nn.Unflatten, nn.Identity, _DropoutNd)
-
-
-def _viewed(node: fx.Node) -> fx.Node | None:
-    """What ``node`` may be a view of."""
-    source = node.args[0] if node.args else None
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if not isinstance(source, fx.Node) or (name == "getattr" and node.args[1] not in ATTRIBUTES):
-        return None
-    return source if name in VIEWS or isinstance(module_of(node), VIEWING) else None
-
-
-def _order_in_place(traced: fx.GraphModule) -> bool:
-    """Let later readers of a tensor that was changed in place read the result instead.
-
-    The engine computes results elsewhere, so nobody may rely on the change.
-
-    Returns:
-        Whether that is all: False if a change is read through another view.
-    """
-    place = {node: i for i, node in enumerate(traced.graph.nodes)}
-    roots: dict[fx.Node, fx.Node] = {}
-    for node in traced.graph.nodes:
-        viewed = _viewed(node)
-        roots[node] = node if viewed is None else roots[viewed]
-        if "out" in node.kwargs:
-            return False
-        changed = node.args[0] if node.args else node.kwargs.get("input")
-        if _works_in_place(node) and isinstance(changed, fx.Node):
-            own = (changed, node)
-            others = [n for n, root in roots.items() if root is roots[changed] and n not in own]
-            if any(place[user] > place[node] for other in others for user in other.users):
-                return False
-            later = {user for user in changed.users if place[user] > place[node]}
-            changed.replace_all_uses_with(node, delete_user_cb=later.__contains__)
-    traced.recompile()
-    return True
-
-
-def _flatten_views(traced: fx.GraphModule) -> None:
-    """Write ``x.view(x.size(0), -1)`` as ``flatten``, which does not ask for a number first."""
-    for node in list(traced.graph.nodes):
-        if node.target not in ("view", "reshape", torch.reshape) or len(node.args) != 3:
-            continue
-        source, first, rest = node.args
-        if rest == -1 and isinstance(source, fx.Node) and _is_batch_size(first, source):
-            with traced.graph.inserting_before(node):
-                flat = traced.graph.call_function(torch.flatten, (source, 1))
-            node.replace_all_uses_with(flat)
-            traced.graph.erase_node(node)
-    traced.graph.eliminate_dead_code(lambda node: not _only_asks(node))
-    traced.recompile()
-
-
-def _only_asks(node: fx.Node) -> bool:
-    return node.target in ("size", operator.getitem, getattr)
-
-
-def _is_batch_size(size: Any, source: fx.Node) -> bool:
-    if not isinstance(size, fx.Node):
-        return False
-    if size.target == "size":
-        return size.args == (source, 0)
-    if size.target is not operator.getitem or size.args[1] != 0:
-        return False
-    shape = size.args[0]
-    if not isinstance(shape, fx.Node):
-        return False
-    whole = shape.target == "size" and shape.args == (source,)
-    return whole or (shape.target is getattr and shape.args == (source, "shape"))
-
-
-def is_plain(layer: nn.Module | None) -> bool:
-    """Whether ``layer`` is a convolution or linear layer that computes nothing else."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
-    if not isinstance(layer, kinds) or has_hooks(layer) or "weight" not in layer._parameters:
-        return False
-    return any(computes_as(layer, kind) for kind in kinds)
-
-
-class Recorder(fx.Interpreter):
-    """Runs a graph, writes each node's shape, and keeps the inputs of some nodes."""
-
-    def __init__(self, traced: fx.GraphModule) -> None:
-        super().__init__(traced)
-        self.arguments: dict[fx.Node, tuple[Any, ...]] = {}
-        self.opaque: dict[str, tuple[Any, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node of the graph."""
-        if n.op == "call_module" and is_plain(module_of(n)):
-            self.arguments[n] = self.fetch_args_kwargs_from_env(n)[0]
-        elif n.op == "call_module" and not n.kwargs:
-            self.opaque[str(n.target)] = self.fetch_args_kwargs_from_env(n)[0]
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            n.meta["shape"] = tuple(result.shape)
-            n.meta["dtype"] = result.dtype
-        return result
