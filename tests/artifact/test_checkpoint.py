@@ -128,7 +128,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], source)
     with pytest.raises(ArtifactError, match=r"last\.ckpt: not a checkpoint .* but a list"):
         convert_checkpoint(source, target)
-    for empty in ({}, {"state_dict": None}, {"state_dict": {}}):
+    for empty in ({}, {"state_dict": None}, {"state_dict": {}}, {"state_dict": {1: 2}}):
         with pytest.raises(ArtifactError, match="no 'state_dict'"):
             convert_checkpoint(empty, target)
     assert not target.exists()

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from slimnets.artifact.codec import DTYPES, decode, encode, pool, same_bits, stored_bytes, tied
+from slimnets.artifact.codec import DTYPES, decode, encode, pool, same_bits, tied
+from slimnets.artifact.container import stored_bytes
 from slimnets.artifact.streams import ArtifactError
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -286,7 +287,7 @@ def test_int8(path: Path, log: Any) -> None:
 
 def test_fewer_bits_are_fewer_bytes(path: Path) -> None:
     network, sizes = nn.Linear(300, 200), {}
-    for bits in (8, 6, 4):
+    for bits in (8, np.int64(6), 4):
         save(network, path, dtype=torch.int8, bits=bits)
         sizes[bits] = path.stat().st_size
         restored = load(path, nn.Linear(300, 200)).weight.detach()

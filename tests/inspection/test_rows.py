@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimnets.artifact.codec import stored_bytes
+from slimnets.artifact.container import stored_bytes
 from slimnets.inspection.macs import Macs
 from slimnets.inspection.rows import Row, count_rows, total
 from slimnets.lowrank.factorize import factorize

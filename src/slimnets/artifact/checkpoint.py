@@ -45,10 +45,10 @@ def convert_checkpoint(
         with naming(checkpoint):
             checkpoint = _loaded(checkpoint)
     state = checkpoint.get("state_dict")
-    if not isinstance(state, Mapping) or not state:
+    if not (isinstance(state, Mapping) and state and all(isinstance(one, str) for one in state)):
         raise ArtifactError(
-            "not a checkpoint of Lightning: it has no 'state_dict'; of a state dict alone, pass "
-            "{'state_dict': state}"
+            "not a checkpoint of Lightning: it has no 'state_dict' of names and tensors; of a "
+            "state dict alone, pass {'state_dict': state}"
         )
     if network is None:
         network = "student" if "distillation" in checkpoint else ""

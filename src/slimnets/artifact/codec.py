@@ -190,38 +190,6 @@ def decode(entries: Sequence[Entry], data: Mapping[str, bytes]) -> list[torch.Te
     return [tensors[i] for i in range(len(entries))]
 
 
-def stored_bytes(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Bytes that each tensor of a state dict takes in a file, its entry in the index aside.
-
-    A tensor that stands under several keys counts under the first. What all of them share (Huffman
-    tables, rounding) is shared out, so that the sum is that of the file.
-
-    Raises:
-        TypeError: If a tensor has no plain values, as in :func:`encode`.
-
-    Examples:
-        >>> pruned = torch.zeros(1000)
-        >>> pruned[::100] = 1.0
-        >>> stored_bytes({"pruned": pruned, "dense": torch.randn(1000)})["pruned"] < 100
-        True
-    """
-    ties = tied(state)
-    names = [name for name in state if name not in ties]
-    coded = []
-    for name in names:
-        try:
-            coded.append(encode(state[name]))
-        except TypeError as error:
-            raise TypeError(f"{name!r}: {error}") from None
-    total = dict.fromkeys(state, 0.0)
-    for stream, data in pool(coded).items():
-        costs = [cost(one.streams[stream]) if stream in one.streams else 0.0 for one in coded]
-        for name, own in zip(names, costs, strict=True):
-            total[name] += own / sum(costs) * len(data)
-    ends = np.rint(np.cumsum([0.0, *total.values()])).astype(int)
-    return {name: int(size) for name, size in zip(total, np.diff(ends), strict=True)}
-
-
 def tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The keys whose tensor stands in ``state`` under an earlier key too, with that key."""
     first: dict[Any, str] = {}

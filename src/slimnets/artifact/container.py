@@ -5,19 +5,20 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors
 
-from slimnets.artifact.codec import STREAMS, encode, pool, tied
+from slimnets.artifact.codec import STREAMS, Coded, encode, pool, tied
 from slimnets.artifact.index import VERSION, FileInfo, dump, parse
-from slimnets.artifact.streams import ArtifactError
+from slimnets.artifact.streams import ArtifactError, cost
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -44,35 +45,72 @@ def pack(
     """
     if dtype not in (None, torch.float16, torch.bfloat16, torch.int8):
         raise ValueError(
-            f"save(dtype={dtype}): expected None for bit-exact, torch.float16, torch.bfloat16 or "
+            f"dtype={dtype}: expected None for bit-exact, torch.float16, torch.bfloat16 or "
             "torch.int8"
         )
-    if not isinstance(bits, int) or bits not in range(2, 9):
-        raise ValueError(f"save(bits={bits!r}): expected an int from 2 to 8, such as 6")
+    if not isinstance(bits, Integral) or bits not in range(2, 9):
+        raise ValueError(f"bits={bits!r}: expected an int from 2 to 8, such as 6")
     if bits != 8 and dtype is not torch.int8:
-        raise ValueError(f"save(bits={bits}, dtype={dtype}): bits are those of dtype=torch.int8")
+        raise ValueError(f"bits={bits}, dtype={dtype}: bits are those of dtype=torch.int8")
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(
-                f"save: {name!r} is a {type(value).__name__}; only tensors can be stored without "
+                f"{name!r} is a {type(value).__name__}; only tensors can be stored without "
                 "pickle, so let get_extra_state return one"
             )
-    ties = tied(state)
-    coded = {}
-    for name, tensor in state.items():
+
+    def arguments(name: str) -> tuple[torch.dtype | None, int, int]:
         # Positions, anchors, masks and other buffers are too delicate for eight bits.
         is_weight = "weight" in _tensor_of(name) and name not in buffers
         stored = dtype if is_weight or dtype is not torch.int8 else None
-        if name not in ties:
-            try:
-                coded[name] = encode(tensor, stored, int(name in transposed), bits)
-            except TypeError as error:
-                raise TypeError(f"save: {name!r}: {error}") from None
+        return stored, int(name in transposed), bits
+
+    coded, ties = _coded(state, arguments)
     streams = pool([*coded.values()])
     entries = {name: one.entry for name, one in coded.items()}
     info = FileInfo(VERSION, entries, ties, _checksum(streams))
     arrays = {name: np.frombuffer(data, np.uint8) for name, data in streams.items()}
     return safetensors.save(arrays, metadata=dump(info))
+
+
+def stored_bytes(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Bytes that each tensor of a state dict takes in a file, its entry in the index aside.
+
+    A tensor that stands under several keys counts under the first. What all of them share (Huffman
+    tables, rounding) is shared out, so that the sum is that of the file.
+
+    Raises:
+        TypeError: If a tensor has no plain values, as in :func:`encode`.
+
+    Examples:
+        >>> pruned = torch.zeros(1000)
+        >>> pruned[::100] = 1.0
+        >>> stored_bytes({"pruned": pruned, "dense": torch.randn(1000)})["pruned"] < 100
+        True
+    """
+    coded, _ = _coded(state)
+    total = dict.fromkeys(state, 0.0)
+    for stream, data in pool([*coded.values()]).items():
+        costs = {n: cost(c.streams[stream]) for n, c in coded.items() if stream in c.streams}
+        for name, own in costs.items():
+            total[name] += own / sum(costs.values()) * len(data)
+    ends = np.rint(np.cumsum([0.0, *total.values()])).astype(int)
+    return {name: int(size) for name, size in zip(total, np.diff(ends), strict=True)}
+
+
+def _coded(
+    state: Mapping[str, torch.Tensor], arguments: Callable[[str], tuple[Any, ...]] = lambda _: ()
+) -> tuple[dict[str, Coded], dict[str, str]]:
+    """Each tensor encoded, with what ``arguments`` gives for its key; and the keys of others."""
+    ties, coded = tied(state), {}
+    for name, tensor in state.items():
+        if name in ties:
+            continue
+        try:
+            coded[name] = encode(tensor, *arguments(name))
+        except TypeError as error:
+            raise TypeError(f"{name!r}: {error}") from None
+    return coded, ties
 
 
 def _tensor_of(name: str) -> str:

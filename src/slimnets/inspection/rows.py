@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from slimnets.artifact.codec import stored_bytes
+from slimnets.artifact.container import stored_bytes
 from slimnets.inspection.macs import Macs
 from slimnets.lowrank.modules import LowRankPair, weights_of
 
