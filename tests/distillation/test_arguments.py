@@ -34,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` 
         ({"optimizer": "adam"}, TypeError, "optimizer=str: expected a function"),
         ({"student": 3}, TypeError, "student=3: expected an nn.Module"),
         ({"teacher": {"a": 1}}, TypeError, r"teacher={'a': 1}: expected an nn.Module"),
+        ({"teacher": nn.ModuleDict({"net": nn.ReLU()})}, TypeError, r"no forward.*'net'"),
         ({"student": torch.compile(Classifier())}, TypeError, "a compiled LightningModule"),
         ({"student": Classifier(), "optimizer": SGD}, ValueError, "Classifier.configure_opt"),
         ({"student": Classifier(), "logits": "net"}, ValueError, "no such submodule.*'network'"),
@@ -65,6 +66,15 @@ def test_shared_parameters_are_refused() -> None:
         DistillationModule(student, teacher)
     with pytest.raises(ValueError, match="deepcopy"):
         DistillationModule(teacher, teacher)
+
+
+def test_a_shared_module_with_a_mode_is_refused() -> None:
+    dropout = nn.Dropout(0.5)
+    student, teacher = (nn.Sequential(nn.Linear(8, 4), dropout, nn.ReLU()) for _ in range(2))
+    with pytest.raises(ValueError, match=r"its module '1' is also the student's '1', .*deepcopy"):
+        DistillationModule(student, teacher)
+    student[1], teacher[2] = nn.Dropout(0.5), student[2]  # which has none
+    DistillationModule(student, teacher)
 
 
 def test_modules_of_pytorch_lightning_can_teach_but_not_learn(make_trainer) -> None:

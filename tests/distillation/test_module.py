@@ -179,6 +179,21 @@ def test_dense_outputs_and_soft_labels(make_trainer) -> None:
         assert ("train/student_accuracy" in trainer.logged_metrics) == (target is not probabilities)
 
 
+@pytest.mark.parametrize(
+    ("classes", "target", "message"),
+    [
+        (3, torch.randn(8, 3), r"target: has values of -.*LightningModule"),
+        (3, torch.tensor([[1.0, 1, 0]] * 8), r"target: .* sums over the classes of 2; "),
+        (1, torch.rand(8, 1), r"logits have shape \(8, 1\): .* for regression"),
+    ],
+)
+def test_targets_that_are_no_probabilities_are_refused(make_trainer, classes, target, message):
+    module = DistillationModule(nn.Linear(4, classes), nn.Linear(4, classes), loss=F.mse_loss)
+    data = DataLoader(TensorDataset(torch.randn(8, 4), target), batch_size=8)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(max_epochs=1).fit(module, data)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 @pytest.mark.parametrize("kind", ["nn.Module", "LightningModule"])
 def test_precisions(make_trainer, precision, kind) -> None:

@@ -334,8 +334,12 @@ def test_a_loss_of_ones_own_takes_classes_that_are_last(make_trainer) -> None:
 
 
 def test_where_either_axis_may_be_the_classes_they_are_the_second(make_trainer) -> None:
-    module = DistillationModule(Tagger(0), Tagger(1))
-    make_trainer(max_epochs=1).fit(module, tokens(length=5))
+    student, teacher, data = Tagger(0), Tagger(1), tokens(length=5)
+    found = [network(next(iter(data))[0]).argmax(1) for network in (student, teacher)]
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(DistillationModule(student, teacher), data)
+    expected = (found[0] == found[1]).float().mean()
+    torch.testing.assert_close(trainer.callback_metrics["train/agreement"], expected)
 
 
 def test_logits_that_are_changed_in_place_are_an_error(make_trainer) -> None:

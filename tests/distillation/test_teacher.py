@@ -1,6 +1,7 @@
 import copy
 import pickle
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -132,8 +133,11 @@ def test_a_damaged_file_is_named(tmp_path, name) -> None:
         load_weights(small_network(), tmp_path / f"no-{name}")
 
 
-def test_a_file_of_something_else_has_no_names(tmp_path) -> None:
-    torch.save(torch.ones(3), tmp_path / "x.pt")
+@pytest.mark.parametrize(
+    "content", [torch.ones(3), {"state_dict": torch.ones(3)}, {"state_dict": [1]}, {1: 2}]
+)
+def test_a_file_of_something_else_has_no_names(tmp_path, content) -> None:
+    torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x\.pt' are not of this Linear: 2 of 2 names"):
         load_weights(nn.Linear(2, 2), tmp_path / "x.pt")
 
@@ -148,3 +152,21 @@ def test_a_file_of_slimnets_save_is_named_as_such(tmp_path) -> None:
         ValueError, match=r"of this Linear: 3 of 3 names .* differ, 'bias' the first$"
     ):
         load_weights(nn.Linear(2, 2), tmp_path / "y.safetensors")
+
+
+def test_a_program_of_torch_export_can_teach() -> None:
+    network, x = nn.Linear(4, 3).eval(), torch.randn(2, 4)
+    program = torch.export.export(network, (x,)).module()
+    torch.testing.assert_close(Teacher(program)(x), network(x))
+
+
+def test_an_input_that_cannot_be_changed() -> None:
+    @dataclass(frozen=True)
+    class Batch:
+        images: torch.Tensor
+
+    class Network(nn.Module):
+        def forward(self, batch: Batch) -> torch.Tensor:
+            return batch.images + 1
+
+    torch.testing.assert_close(Teacher(Network())(Batch(torch.ones(2))), torch.full((2,), 2.0))

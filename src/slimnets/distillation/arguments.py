@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from slimnets.distillation.losses import DEFAULT_TEMPERATURE, check_temperature, logits_of
@@ -30,12 +31,26 @@ def check_networks(student: Any, teacher: Any) -> None:
         raise TypeError(
             "student: a compiled LightningModule; compile its layers, or the DistillationModule"
         )
+    if type(teacher).forward in (nn.Module.forward, L.LightningModule.forward):
+        raise TypeError(
+            f"teacher={type(teacher).__name__}: has no forward(); pass the network in it: "
+            f"{_children(teacher)}"
+        )
     names = {id(parameter): name for name, parameter in teacher.named_parameters()}
     for name, parameter in student.named_parameters():
         if id(parameter) in names:
             raise ValueError(
                 f"teacher: its parameter {names[id(parameter)]!r} is also the student's {name!r}, "
                 "so that training would change the teacher; pass copy.deepcopy(teacher)"
+            )
+    modules = {id(module): name for name, module in teacher.named_modules()}
+    for name, module in student.named_modules():
+        # one mode for both: dropout, and statistics without weights
+        has_mode = isinstance(module, _DropoutNd) or any(True for _ in module.buffers(False))
+        if has_mode and id(module) in modules:
+            raise ValueError(
+                f"teacher: its module {modules[id(module)]!r} is also the student's {name!r}, and "
+                "would go into training with it; pass copy.deepcopy(teacher)"
             )
 
 
@@ -167,6 +182,11 @@ def cross_entropy(output: Any, target: Any) -> Tensor:
             f"the student returned {type(output).__name__}: expected a tensor of logits or an "
             "output with .logits; for any other form make it a LightningModule"
         )
+    if logits.ndim < 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"the student's logits have shape {tuple(logits.shape)}: expected (batch, classes, "
+            "...) with at least two classes; for regression make it a LightningModule"
+        )
     is_probability = isinstance(target, Tensor) and target.is_floating_point()
     if not (is_classes(target, logits) or (is_probability and target.shape == logits.shape)):
         what = (
@@ -179,6 +199,21 @@ def cross_entropy(output: Any, target: Any) -> Tensor:
             "expected class indices of shape (batch, ...) or probabilities of the logits' shape"
         )
     return F.cross_entropy(logits, target if is_probability else target.long())
+
+
+def check_probabilities(target: Any) -> None:
+    """Raise ValueError if a target of floating-point numbers holds no probabilities of classes.
+
+    Rows of zeros count for nothing, and are left.
+    """
+    if isinstance(target, Tensor) and target.is_floating_point() and target.numel():
+        least, most = float(target.min()), float(target.sum(dim=1).max())
+        if least < 0 or most > 1.02:  # 1 in bfloat16
+            raise ValueError(
+                f"target: has values of {least:g} and sums over the classes of {most:g}; expected "
+                "probabilities, which are 0 or more and sum to 1; for several labels at once, or "
+                "for regression, make the student a LightningModule"
+            )
 
 
 def name_of(function: Callable[..., Any]) -> str:

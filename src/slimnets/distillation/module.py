@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from slimnets.distillation.arguments import (
     check_logits,
     check_networks,
+    check_probabilities,
     check_settings,
     cross_entropy,
     input_and_target,
@@ -170,6 +171,8 @@ class DistillationModule(L.LightningModule):
         inputs, target = input_and_target(batch)
         with self._observed(training=False) as seen:
             loss = cross_entropy(self.student(inputs), target)
+        if not self._has_distilled:  # once, for a GPU is waited for
+            check_probabilities(target)
         report = Report(batch)
         total = self._weighted(loss, seen.take(), report)
         report.add("loss", total)
@@ -226,8 +229,7 @@ class DistillationModule(L.LightningModule):
     @student_hook()
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """The student's output, for batches with or without a target."""
-        plain = inner(self) is None and isinstance(batch, list | tuple)
-        return self(batch[0] if plain else batch)
+        return self(batch[0] if isinstance(batch, list | tuple) else batch)
 
     @student_hook()
     def configure_optimizers(self) -> Any:

@@ -1,6 +1,7 @@
 """The teacher: a frozen network that stands beside the module tree, not in it."""
 
 import hashlib
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,15 @@ class Teacher:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = network.eval()
+        self.network = network
+        self._rest()
         for parameter in network.parameters():  # a ScriptModule refuses requires_grad_
             parameter.requires_grad_(False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output, without a graph, for a copy of the inputs in its own precision."""
         if self.network.training:
-            self.network.eval()
+            self._rest()
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), None)
 
         def own(tensor: Tensor) -> Tensor:
@@ -38,8 +40,12 @@ class Teacher:
             return tensor.detach().to(dtype if tensor.is_floating_point() else None, copy=True)
 
         with torch.no_grad():
-            args, kwargs = apply_to_collection((args, kwargs), Tensor, own)
+            args, kwargs = apply_to_collection((args, kwargs), Tensor, own, allow_frozen=True)
             return self.network(*args, **kwargs)
+
+    def _rest(self) -> None:
+        with suppress(NotImplementedError):  # a program of torch.export is as it was exported
+            self.network.eval()
 
     def to(self, device: torch.device) -> None:
         """Move the network; its precision stays, for a lower one would not come back."""
@@ -114,7 +120,9 @@ def _state_in(path: str | Path) -> dict[str, Any]:
             "values; load any other file yourself, if you trust it, and pass the network as "
             "teacher="
         ) from error
-    return loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    is_state = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    return state if is_state else {}
 
 
 def _is_artifact(path: str | Path) -> bool:
