@@ -15,8 +15,14 @@ from slimnets.layers import (
 )
 
 
-def layers():
-    return {"a.0": nn.Linear(2, 2), "a.1": nn.Conv2d(1, 1, 1), "b": nn.Linear(2, 2)}
+def network():
+    block = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 1))
+    return nn.ModuleDict({"a": block, "b": nn.Linear(2, 2)})
+
+
+def layers(within=None):
+    found = (network() if within is None else within).named_modules()
+    return {name: one for name, one in found if isinstance(one, nn.Linear | nn.Conv2d)}
 
 
 def test_the_first_glob_that_matches_wins_whatever_comes_later():
@@ -44,10 +50,17 @@ def test_globs_are_case_sensitive_and_cross_dots():
 
 
 def test_without():
-    assert list(without(layers(), as_selectors(nn.Linear))) == ["a.1"]
-    assert list(without(layers(), as_selectors(["b", "a.1"]))) == ["a.0"]
+    whole = network()
+
+    def left(exclude):
+        return list(without(whole, layers(whole), as_selectors(exclude)))
+
+    assert left(nn.Linear) == ["a.1"]
+    assert left(["b", "a.1"]) == ["a.0"]
+    assert left(nn.Sequential) == ["b"]
+    assert left(lambda name, layer: isinstance(layer, nn.Conv2d)) == ["a.0", "b"]
     with pytest.raises(ValueError, match="exclude: LSTM matches no layer"):
-        without(layers(), as_selectors(nn.LSTM))
+        left(nn.LSTM)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1))])
@@ -114,6 +127,7 @@ def test_is_parametrized():
 def test_a_glob_that_matches_a_module_matches_the_layers_in_it():
     layers = {"block.conv.first": nn.Linear(2, 2), "block.conv.second": nn.Linear(2, 2)}
     assert assign({"block.conv": 1}, layers, "r") == dict.fromkeys(layers, 1)
-    assert without(layers, as_selectors("block")) == {}
+    network = nn.ModuleDict({"block": nn.ModuleDict({"conv": nn.ModuleDict()})})
+    assert without(network, layers, as_selectors("block")) == {}
     with pytest.raises(ValueError, match="'conv' matches no layer"):
         assign({"conv": 1}, layers, "r")

@@ -25,7 +25,7 @@ SMALL = [name for name, network in NETWORKS.items() if network.family == "small"
 SMALLEST = ["mobilenetv3_small_050", "lcnet_035", "starnet_s050", "vit_tiny_patch16_224"]
 
 ATTENTION = "MultiheadAttention is not supported"
-READS = "nn.MultiheadAttention reads its weight"
+READS = "MultiheadAttention reads its weight"
 COMPUTED = "its weight is computed from other parameters"
 SHARED = "it shares parameters with another"
 GROUPED = "it is grouped"

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torchmetrics import Metric
@@ -13,7 +14,8 @@ from torchmetrics import Metric
 T = TypeVar("T")
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-"""A glob over names of layers or what contains them, a type, or a predicate of (name, layer)."""
+"""A glob over names of layers or what contains them, a type of either, or a predicate of (name,
+layer)."""
 
 Selectors: TypeAlias = Iterable[Selector] | Selector  # LightningCLI saves a list as the first
 
@@ -89,16 +91,26 @@ def glob_matches(name: str, glob: str) -> bool:
     return glob in paths or any(fnmatchcase(path, glob) for path in paths)  # "[" may be in a name
 
 
-def matches(name: str, layer: nn.Module, selector: Selector) -> bool:
-    """Whether ``selector`` chooses ``layer``, called ``name`` in its network."""
+def matches(name: str, modules: Mapping[str, nn.Module], selector: Selector) -> bool:
+    """Whether ``selector`` chooses the layer ``name``: a glob or a type also by what is around it.
+
+    Args:
+        name: Of a layer, or of a parameter of it.
+        modules: The modules of the network by name.
+        selector: A glob, a type, or a predicate of (name, layer).
+    """
     if isinstance(selector, str):
         return glob_matches(name, selector)
+    layer = name if name in modules else name.rpartition(".")[0]
     if isinstance(selector, type):
-        return isinstance(layer, selector)
-    return selector(name, layer)
+        parts = layer.split(".")
+        around = [modules.get(".".join(parts[:n])) for n in range(len(parts) + 1)]
+        return any(isinstance(module, selector) for module in around)
+    return selector(name, modules[layer])
 
 
 def without(
+    network: nn.Module,
     layers: Mapping[str, nn.Module],
     exclude: Iterable[Selector],
     pairs: Mapping[str, nn.Module] | None = None,
@@ -106,19 +118,21 @@ def without(
     """``layers`` without those that one of ``exclude`` chooses.
 
     Args:
+        network: Where they stand.
         layers: Name to layer.
         exclude: What to leave out.
-        pairs: Name to what has taken a layer's place, whose own layers are among ``layers``: types
-            and predicates are tried on it, too, so that a predicate goes on choosing what it chose.
+        pairs: Name to what has taken a layer's place, whose own layers are among ``layers``:
+            predicates are tried on it, too, so that one goes on choosing what it chose.
 
     Raises:
         ValueError: If one of ``exclude`` chooses nothing.
     """
+    modules = dict(network.named_modules(remove_duplicate=False))
     kept, pairs = dict(layers), pairs or {}
     for selector in exclude:
-        chosen = [name for name, layer in layers.items() if matches(name, layer, selector)]
-        if not isinstance(selector, str):  # a glob knows the names around a layer
-            replaced = [name for name, pair in pairs.items() if matches(name, pair, selector)]
+        chosen = [name for name in layers if matches(name, modules, selector)]
+        if not isinstance(selector, str | type):  # those know what is around a layer
+            replaced = [name for name, pair in pairs.items() if selector(name, pair)]
             chosen += [name for name in layers if name.rpartition(".")[0] in replaced]
         if not chosen:
             raise ValueError(_chose_nothing("exclude", selector, layers))
@@ -208,9 +222,20 @@ def replace(network: nn.Module, name: str, new: nn.Module) -> nn.Module:
     if not name:
         return new
     for place in names_of(network, network.get_submodule(name)):
-        parent, _, child = place.rpartition(".")
-        network.get_submodule(parent)._modules[child] = new
+        path, _, child = place.rpartition(".")
+        parent = network.get_submodule(path)
+        parent._modules[child] = new
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            _mind_fast_path(parent)
     return network
+
+
+def _mind_fast_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Leave PyTorch's fast path, which multiplies by the weights itself, to linear layers."""
+    kinds: dict[Any, int] = {F.relu: 1, nn.ReLU: 1, F.gelu: 2, nn.GELU: 2}
+    activation = kinds.get(layer.activation) or kinds.get(type(layer.activation), 0)
+    is_plain = type(layer.linear1) is type(layer.linear2) is nn.Linear
+    layer.activation_relu_or_gelu = activation if is_plain else 0
 
 
 def _chose_nothing(argument: str, selector: Selector, layers: Iterable[str]) -> str:

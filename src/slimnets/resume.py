@@ -80,7 +80,7 @@ class ExactResume(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Call the batch completed if something is due after it, lest Lightning skips that."""
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        state = checkpoint["callbacks"].get(self.state_key)
         if state is None and trainer.state.fn == TrainerFn.FITTING:
             rank_zero_warn(
                 "the checkpoint was saved without ExactResume: the run goes on with other random "

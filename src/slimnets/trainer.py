@@ -141,6 +141,13 @@ def spell(value: object) -> str:
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
+def plain(value: Any) -> Any:
+    """``value`` with Python's numbers for NumPy's, which a checkpoint may not hold."""
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
+
+
 def is_fast_dev_run(trainer: L.Trainer) -> bool:
     """Whether the run is a smoke test of a few batches."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -14,14 +14,16 @@ CPU = torch.device("cpu")
 
 def test_passes_take_turns() -> None:
     calls: list[str] = []
-    times = measure(lambda: calls.append("a"), lambda: calls.append("b"), device=CPU, seconds=0.01)
+    times = measure(
+        lambda: calls.append("a"), lambda: calls.append("b"), devices=[CPU], seconds=0.01
+    )
     assert len(times[0]) == len(times[1]) >= 10
     timed = calls[6:]  # after three passes of each to warm up
     assert timed == list(itertools.islice(itertools.cycle("ab"), len(timed)))
 
 
 def test_a_slow_pass_is_seen_and_ends_the_measurement_soon() -> None:
-    times = measure(lambda: time.sleep(0.02), lambda: None, device=CPU, seconds=0.0)
+    times = measure(lambda: time.sleep(0.02), lambda: None, devices=[CPU], seconds=0.0)
     assert len(times[0]) == 10
     assert min(times[0]) >= 0.02
     assert Spread.of(times[0]).median > Spread.of(times[1]).median

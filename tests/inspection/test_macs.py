@@ -1,5 +1,6 @@
 """Operations are counted where they are executed, and belong to the layer that owns the weight."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -141,6 +142,20 @@ def test_nothing_of_the_counting_stays_behind() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
     assert count_macs(network, lambda: None) == {}
     assert count_macs(network, lambda: network(x(1, 4))) == {"": Macs(12, 12)}
+
+
+def test_a_layer_that_fails_and_is_passed_over_owns_nothing_that_comes_later() -> None:
+    class Forgiving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            with suppress(RuntimeError):
+                self.layer(images)
+            return images @ images.T
+
+    assert count(Forgiving(), x(2, 5)) == {"": (20, 20)}
 
 
 def test_products_are_counted_in_inference_mode_too() -> None:

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from slimnets.artifact.file import save
 from slimnets.distillation import DistillationModule
@@ -215,3 +216,20 @@ def test_markdown_holds_what_the_table_holds(pruned: Net) -> None:
     shown = [line.strip("| ").split("|") for line in summary.to_markdown().splitlines()]
     table = [line.split() for line in str(summary).splitlines()]
     assert [cell.strip() for cell in shown[2] if cell.strip()] == table[3]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.RNN(8, 4)
+
+    def forward(self, packed: PackedSequence) -> Tensor:
+        return self.layer(packed)[1]
+
+
+def test_a_packed_sequence_is_one_argument() -> None:
+    packed = pack_sequence([torch.randn(5, 8), torch.randn(2, 8)])
+    for given in (packed, (packed,)):
+        summary = summarize(Recurrent(), given)
+        assert summary.total.macs == 7 * (8 * 4 + 4 * 4)
+        assert summary.latency

@@ -100,7 +100,7 @@ def test_a_layer_without_survivors_has_no_histogram(run: Run) -> None:
 
 def test_the_summary_is_a_table_and_its_totals_go_to_every_logger(run: Run) -> None:
     run.module.layer.weight.data[0] = 0
-    log_summary(run.trainer, run.module)
+    log_summary(run.trainer)
     events = run.events()
     (table,) = events.Tensors("summary/text_summary")
     assert "| layer | Linear | 64 | 32 | 50.0% |" in table.tensor_proto.string_val[0].decode()
@@ -112,14 +112,14 @@ def test_the_summary_is_a_table_and_its_totals_go_to_every_logger(run: Run) -> N
 
 def test_the_summary_measures_the_example_of_the_module(run: Run) -> None:
     run.module.example_input_array = torch.randn(3, 32)
-    log_summary(run.trainer, run.module.layer)
+    log_summary(run.trainer)
     assert run.events().Scalars("summary/macs")[0].value == 3 * 64
 
 
 def write_all(trainer: L.Trainer, network: nn.Module) -> None:
     log_masks(trainer, {"layer.weight": torch.ones(2, 32, dtype=torch.bool)})
     log_weights(trainer, network, ["layer.weight"])
-    log_summary(trainer, network)
+    log_summary(trainer)
 
 
 @pytest.mark.parametrize("logger", [False, "csv"])
@@ -134,12 +134,17 @@ def test_other_loggers_are_left_alone(
     assert not list(tmp_path.rglob("events*"))
 
 
+def log_summary_of_a_lazy_layer(run: Run) -> None:
+    run.module.layer = nn.LazyLinear(2)
+    log_summary(run.trainer)
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (lambda run: log_masks(run.trainer, {"a": None}), "log_masks wrote nothing"),
         (lambda run: log_weights(run.trainer, run.module, ["gone.weight"]), "log_weights wrote"),
-        (lambda run: log_summary(run.trainer, nn.LazyLinear(2)), "log_summary .* no values yet"),
+        (log_summary_of_a_lazy_layer, "log_summary .* no values yet"),
     ],
 )
 def test_what_goes_wrong_is_a_warning(run: Run, write: Callable[[Run], None], message: str) -> None:

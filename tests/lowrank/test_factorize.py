@@ -268,3 +268,16 @@ def test_a_layer_that_begins_with_zeros_can_be_trained():
         (network(images) - images).square().mean().backward()
         optimizer.step()
     assert all(parameter.grad.any() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("activation", "number"), [("relu", 1), ("gelu", 2), (F.silu, 0)])
+def test_the_fast_path_that_multiplies_by_the_weights_itself_is_left(activation, number):
+    layer = nn.TransformerEncoderLayer(16, 4, 64, activation=activation, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        factorize(layer, 4)
+        assert layer.activation_relu_or_gelu == 0
+        pairs = layer(x)
+        merge(layer)
+        assert layer.activation_relu_or_gelu == number
+        torch.testing.assert_close(layer(x), pairs, atol=1e-5, rtol=1e-5)

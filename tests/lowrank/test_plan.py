@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import SwinTransformer
 
 from slimnets.lowrank import factorize, plan
 from tests.support import Perceptual, same_text_everywhere
@@ -57,7 +58,7 @@ def test_every_layer_has_its_rank_or_a_reason():
         "meta": "it is on the meta device and has no values yet",
         "lstm": "LSTM is not supported",
         "attention": "MultiheadAttention is not supported",
-        "attention.out_proj": "nn.MultiheadAttention reads its weight",
+        "attention.out_proj": "MultiheadAttention reads its weight",
         "tied": "it shares parameters with 'embedding'",
         "head": "rank 4 is not below its full rank of 3",
     }
@@ -271,3 +272,19 @@ def test_weights_that_are_not_finite_are_refused_before_any_change(value):
 def test_numbers_of_numpy_are_numbers():
     net = nn.Linear(16, 16)
     assert plan(net, np.int64(4)).ranks == plan(net, np.float32(0.25)).ranks == {"": 4}
+
+
+def test_a_weight_that_the_module_around_it_reads():
+    swin = SwinTransformer([2, 2], 16, [2], [2], [2, 2], num_classes=4)
+    reason = "ShiftedWindowAttention reads its weight"
+    found = {row.name.rpartition(".")[2]: row.reason for row in plan(swin, {"*.attn.*": 4})}
+    assert (found["qkv"], found["proj"]) == (reason, reason)
+
+
+def test_what_a_layer_has_besides_its_weight_would_be_lost():
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(16, 16)
+            self.scale = nn.Parameter(torch.ones(1))
+
+    assert rows(Scaled(), 2)[""].reason == "it has scale besides its weight and bias"

@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -73,7 +74,7 @@ class Record(Callback):
             assert ranks(network) == ranks(pl_module)
 
 
-@pytest.mark.parametrize(("at", "step"), [(1, 1), (7, 7), (0.5, 9), (0.01, 1)])
+@pytest.mark.parametrize(("at", "step"), [(1, 1), (np.int64(7), 7), (0.5, 9), (0.01, 1)])
 def test_the_layers_are_replaced_after_that_many_steps(make_trainer, at, step):
     record, module = Record(), classifier()
     run(make_trainer, module, [LowRank(2, at=at), record])

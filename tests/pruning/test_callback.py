@@ -933,6 +933,13 @@ def test_what_becomes_of_the_callers_mapping_is_no_matter(make_trainer):
     assert repr(prune.sparsity) == "{'network.0': 0.5}"
 
 
+def test_steps_may_be_numbers_of_numpy(make_trainer):
+    prune = GradualPrune(0.5, begin=np.int64(1), end=np.float32(0.5), every=np.int32(1))
+    run(make_trainer, prune)
+    assert repr((prune.begin, prune.end, prune.every)) == "(1, 0.5, 1)"
+    assert prune.target_reached
+
+
 def test_two_instances_on_one_layer_are_refused(make_trainer):
     one, two = GradualPrune({"network.*": 0.5}), GradualPrune({"network.7": 0.5})
     with pytest.raises(

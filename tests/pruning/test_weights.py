@@ -241,3 +241,18 @@ def test_an_exclusion_goes_on_choosing_a_layer_whose_place_a_pair_has_taken():
     left = ["1.first.weight", "1.second.weight"]
     assert [names(network, exclude=one) for one in excludes] == [left] * 3
     assert list(target_sparsity(network, 0.5, excludes[1])[1]) == left
+
+
+def test_a_type_that_is_excluded_is_left_with_what_is_in_it():
+    layer = nn.TransformerEncoderLayer(16, 4, 32)
+    assert names(layer, exclude=nn.MultiheadAttention) == ["linear1.weight", "linear2.weight"]
+
+
+def test_only_the_name_of_a_parameter_tells_that_it_is_a_bias_or_a_token():
+    class TokenMixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+            self.token = nn.Parameter(torch.randn(8, 8))
+
+    assert list(left_alone(nn.Sequential(TokenMixer(), nn.Linear(8, 8)))) == ["0.weight"]

@@ -1,7 +1,7 @@
 """How long a forward pass takes, measured side by side with another one."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -29,13 +29,13 @@ class Spread:
 
 
 def measure(
-    *forwards: Callable[[], object], device: torch.device, seconds: float = 1.0
+    *forwards: Callable[[], object], devices: Collection[torch.device], seconds: float = 1.0
 ) -> list[list[float]]:
     """Time each of ``forwards`` in turn, A B A B, so that what disturbs one disturbs all alike.
 
     Args:
         forwards: Each runs one forward pass.
-        device: Where they run; it is waited for.
+        devices: Where they run; all are waited for.
         seconds: About how long the measurement may take for each; ten runs are made in any case,
             and 200 are enough.
 
@@ -47,12 +47,12 @@ def measure(
             forward()
     times: list[list[float]] = [[] for _ in forwards]
     least, most = RUNS
-    end = _now(device) + seconds * len(forwards)
+    end = _now(devices) + seconds * len(forwards)
     while len(times[0]) < least or (len(times[0]) < most and perf_counter() < end):
         for forward, own in zip(forwards, times, strict=True):
-            start = _now(device)
+            start = _now(devices)
             forward()
-            own.append(_now(device) - start)
+            own.append(_now(devices) - start)
     return times
 
 
@@ -79,7 +79,8 @@ def device_of(network: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def _now(devices: Collection[torch.device]) -> float:
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
     return perf_counter()

@@ -80,7 +80,7 @@ class _Counter(TorchDispatchMode):
                     self.running.pop()
 
                 hooks.callback(module.register_forward_pre_hook(enter).remove)
-                hooks.callback(module.register_forward_hook(leave).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
             yield
 
     def __torch_dispatch__(

@@ -163,7 +163,7 @@ def summarize(
         with torch.inference_mode():
             # what was given, not what is counted of it: it may be compiled or accelerated
             forwards = [_forward(one, example_input) for one in models]
-            times = measure(*forwards, device=device_of(model))
+            times = measure(*forwards, devices={*map(device_of, models)})
     return _compare(summaries, times, _conditions(networks[0], example_input))
 
 
@@ -186,7 +186,7 @@ def _forward(network: nn.Module, example_input: Any) -> Callable[[], object]:
     moved = move_data_to_device(example_input, device_of(network))
     if isinstance(moved, Mapping):
         return lambda: network(**moved)
-    if isinstance(moved, tuple):
+    if isinstance(moved, tuple) and not hasattr(moved, "_fields"):  # such as a PackedSequence
         return lambda: network(*moved)
     return lambda: network(moved)
 
@@ -208,7 +208,12 @@ def _compare(
 
 def _conditions(network: nn.Module, example_input: Any) -> str:
     shapes: list[str] = []
-    apply_to_collection(example_input, Tensor, lambda one: shapes.append(str(tuple(one.shape))))
+
+    def note(tensor: Tensor) -> Tensor:
+        shapes.append(str(tuple(tensor.shape)))
+        return tensor
+
+    apply_to_collection(example_input, Tensor, note, allow_frozen=True)
     threads = torch.get_num_threads()
     place = f"{device_of(network)}, {threads} thread{'s' * (threads > 1)}"
     return f"input {', '.join(shapes)} on {place}" if shapes else place

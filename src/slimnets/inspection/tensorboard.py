@@ -73,21 +73,19 @@ def log_weights(trainer: L.Trainer, network: nn.Module, names: Iterable[str]) ->
 
 
 @_never_fails
-def log_summary(trainer: L.Trainer, network: nn.Module) -> None:
-    """Write the summary of ``network`` as a table under Text, and its totals to every logger.
+def log_summary(trainer: L.Trainer) -> None:
+    """Write the summary of the network as a table under Text, and its totals to every logger.
+
+    If the network or the module around it has an ``example_input_array``, operations and latency
+    are measured.
 
     Args:
         trainer: The trainer whose loggers are written to; only TensorBoard's get the table.
-        network: The compressed network. If it, or the module around it, has an
-            ``example_input_array``, operations and latency are measured.
     """
     # imported late: the callbacks import this file, and the summary the layers beside them
     from slimnets.inspection.summary import summarize
 
-    example_input = getattr(network, "example_input_array", None)
-    if example_input is None:
-        example_input = trainer.lightning_module.example_input_array
-    summary = summarize(network, example_input)
+    summary = summarize(trainer.lightning_module)
     for writer in _writers(trainer):
         writer.add_text("summary", summary.to_markdown(), logged_step(trainer))
     totals = {f"summary/{name}": value for name, value in summary.totals.items()}

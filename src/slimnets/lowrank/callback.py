@@ -19,18 +19,18 @@ from slimnets.lowrank.factorize import put_pairs
 from slimnets.lowrank.follow import follow_state_dict
 from slimnets.lowrank.modules import LowRankPair, pairs_of
 from slimnets.lowrank.plan import Plan, Rank, check_arguments, named_layers, plan
-from slimnets.lowrank.report import call_of, scalars, tell
+from slimnets.lowrank.report import call_of, scalars, tell, warn_if_too_short
 from slimnets.lowrank.swap import (
     check_at,
     check_run,
     refuse_stale,
     resolve_at,
     swap,
-    warn_if_too_short,
 )
 from slimnets.trainer import (
     copy_averages_anew,
     logged_step,
+    plain,
     refuse_unsupported,
     spell,
     writes_summary,
@@ -62,7 +62,8 @@ class LowRank(L.Callback):
             in (0, 1).
         decomposition: ``"spatial"`` turns a d x d convolution into d x 1 and 1 x d (Tai et al.,
             arXiv 1511.06067), ``"channel"`` into d x d and 1 x 1.
-        exclude: Layers to leave: globs, types, or predicates of (name, layer); in YAML, globs.
+        exclude: Layers to leave: globs, types, with what is within them, or predicates of
+            (name, layer); in YAML, globs.
         at: When to replace: after that many optimizer steps, if an int; at that fraction of the
             run in (0, 1), if a float. By default, before training. Steps are those of all
             optimizers.
@@ -91,10 +92,11 @@ class LowRank(L.Callback):
         exclude: Selectors = (),
         at: int | float | None = None,
     ) -> None:
+        r, energy, at = plain(r), plain(energy), plain(at)
         self._exclude = check_arguments(r, energy, decomposition, exclude)
         check_at(at)
         self._at = at
-        self._r = dict(r) if isinstance(r, Mapping) else r
+        self._r = r
         self._energy = energy
         self._decomposition: Decomposition = decomposition
         self._step: int | None = None  # of `at`
@@ -169,7 +171,7 @@ class LowRank(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         now = self._arguments()
-        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        state = checkpoint["callbacks"].get(self.state_key, {})
         if state.get("run") != self._run:  # the trial runs of a finder end with their own
             self._originals = {}  # the weights of the rest are those of the checkpoint by now
         before = call_of(state["arguments"]) if state else "other callbacks"
@@ -281,7 +283,7 @@ class LowRank(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the summary to TensorBoard."""
         if writes_summary(trainer, self):
-            log_summary(trainer, compressed_network(pl_module))
+            log_summary(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave nothing behind but the pairs; and not them if no step was made, as by a Tuner."""
@@ -319,10 +321,10 @@ class LowRank(L.Callback):
 
     def _arguments(self) -> dict[str, Any]:
         return {
-            "r": _plain(self._r),
-            "energy": _plain(self._energy),
+            "r": self._r,
+            "energy": self._energy,
             "decomposition": self._decomposition,
-            "at": _plain(self._at),
+            "at": self._at,
             "exclude": [spell(one) for one in self._exclude],
         }
 
@@ -340,10 +342,3 @@ class LowRank(L.Callback):
 
 
 LowRankReplace = LowRank
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of NumPy as Python's, which a checkpoint may hold."""
-    if isinstance(value, dict):
-        return {glob: _plain(one) for glob, one in value.items()}
-    return value.item() if hasattr(value, "item") else value

@@ -40,7 +40,8 @@ def factorize(
             in (0, 1).
         decomposition: ``"spatial"`` turns a d x d convolution into d x 1 and 1 x d (Tai et al.,
             arXiv 1511.06067), ``"channel"`` into d x d and 1 x 1.
-        exclude: Layers to leave: globs, types, or predicates of (name, layer).
+        exclude: Layers to leave: globs, types, with what is within them, or predicates of
+            (name, layer).
 
     Returns:
         The model.

@@ -56,6 +56,9 @@ def refusal(layer: nn.Module) -> str:
         return f"it is grouped (groups={layer.groups})"
     if not computes_as(layer, kind):
         return f"{type(layer).__name__} has a forward pass of its own"
+    own = [*layer._parameters, *layer._buffers, *layer._modules]
+    if more := [name for name in own if name not in ("weight", "bias")]:
+        return f"it has {', '.join(more)} besides its weight and bias"
     return ""
 
 

@@ -33,6 +33,13 @@ from slimnets.text import as_text
 Rank: TypeAlias = int | float
 """A rank, or a fraction of the layer's full rank in (0, 1)."""
 
+READ = {
+    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+    "timm.models.beit.Attention": ("qkv",),
+}
+"""Type of a module to the layers in it that it does not call, for it reads their weights."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -118,11 +125,11 @@ def plan(
     selectors = check_arguments(r, energy, decomposition, exclude)
     network = compressed_network(model)
     layers = named_layers(network)
-    chosen = without(layers, selectors)
+    chosen = without(network, layers, selectors)
     ranks = assign(r, layers, "r")
     holders, beside = _holders(network), _beside_tree(model)
     inside = {
-        **dict.fromkeys(_inside_attention(network), "nn.MultiheadAttention reads its weight"),
+        **_read_by_parents(network),
         **dict.fromkeys(inside_metrics(network), "it is within a metric"),
     }
     rows = []
@@ -221,9 +228,18 @@ def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
     return holders
 
 
-def _inside_attention(model: nn.Module) -> set[int]:
-    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    return {id(child) for module in attention for child in module.children()}
+def _read_by_parents(model: nn.Module) -> dict[int, str]:
+    """Id of each layer whose weight a module around it multiplies by itself, and why it is left.
+
+    The product of a pair would be computed at every call, to be multiplied by in full.
+    """
+    return {
+        id(child): f"{type(module).__name__} reads its weight"
+        for module in model.modules()
+        for kind in type(module).__mro__
+        for name in READ.get(f"{kind.__module__}.{kind.__name__}", ())
+        if (child := module._modules.get(name)) is not None
+    }
 
 
 def _beside_tree(model: nn.Module) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -10,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from slimnets.lowrank.decompose import matrix_shape_of_pair
 from slimnets.lowrank.modules import LowRankPair, pairs_of
 from slimnets.lowrank.plan import Plan
+from slimnets.trainer import is_fast_dev_run, remaining_steps
 
 
 def scalars(network: nn.Module) -> dict[str, float]:
@@ -34,6 +36,17 @@ def tell(todo: Plan, network: nn.Module) -> None:
         )
     elif unmet := [f"{row.name!r} ({row.reason})" for row in todo if row.unmet]:
         rank_zero_warn(f"LowRank replaces no layer and leaves {'; '.join(unmet)}")
+
+
+def warn_if_too_short(trainer: L.Trainer, at: int | float, step: int) -> None:
+    """Say so if a resumed run ends before ``step``; it may be resumed once more."""
+    length = trainer.global_step + remaining_steps(trainer)
+    if step >= length and not is_fast_dev_run(trainer):
+        rank_zero_warn(
+            f"LowRank(at={at!r}): the layers are to be replaced at step {step}, as resolved when "
+            f"the run began, and this run ends after {length:g} optimizer steps; train for longer, "
+            "or give another at="
+        )
 
 
 def call_of(arguments: Mapping[str, Any]) -> str:

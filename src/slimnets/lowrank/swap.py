@@ -8,7 +8,6 @@ from typing import cast
 import lightning as L
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
@@ -88,17 +87,6 @@ def resolve_at(trainer: L.Trainer, at: int | float) -> int:
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise ValueError(f"at={at!r}: LBFGS keeps one state for all parameters; use at=None")
     return trainer.global_step + step
-
-
-def warn_if_too_short(trainer: L.Trainer, at: int | float, step: int) -> None:
-    """Say so if a resumed run ends before ``step``; it may be resumed once more."""
-    length = trainer.global_step + remaining_steps(trainer)
-    if step >= length and not is_fast_dev_run(trainer):
-        rank_zero_warn(
-            f"LowRank(at={at!r}): the layers are to be replaced at step {step}, as resolved when "
-            f"the run began, and this run ends after {length:g} optimizer steps; train for longer, "
-            "or give another at="
-        )
 
 
 def refuse_stale(

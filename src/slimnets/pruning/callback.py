@@ -39,6 +39,7 @@ from slimnets.trainer import (
     has_time_limit,
     is_fast_dev_run,
     logged_step,
+    plain,
     refuse_unsupported,
     remaining_steps,
     spell,
@@ -82,9 +83,10 @@ class GradualPrune(L.Callback):
             ``magnitude``, ``random`` or any callable.
         scope: ``"layer"``, the same sparsity in every layer; or ``"global"``, the lowest scores of
             the whole network.
-        exclude: Layers to leave alone: globs over names, types, or predicates of (name, layer); in
-            YAML, globs. Globs and predicates go on choosing a layer that ``LowRank`` replaces; a
-            type that is a class of your own does not, for the pair is of ordinary layers.
+        exclude: Layers to leave alone: globs over names, types, with what is within them, or
+            predicates of (name, layer); in YAML, globs. Globs and predicates go on choosing a layer
+            that ``LowRank`` replaces; a type of layer that is a class of your own does not, for the
+            pair is of ordinary layers.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -112,6 +114,7 @@ class GradualPrune(L.Callback):
         scope: Scope = "layer",
         exclude: Selectors = (),
     ) -> None:
+        begin, end, every = plain(begin), plain(end), plain(every)
         check_sparsity(sparsity)
         check_fraction(initial, "initial")
         finals = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
@@ -179,7 +182,7 @@ class GradualPrune(L.Callback):
         network = compressed_network(pl_module)
         restored, self._restored = self._restored, None
         steps = restored["steps"] if restored else [0] * len(trainer.optimizers)
-        if restored and not warn_of_changes(self._arguments(), restored["arguments"]):
+        if restored and not warn_of_changes(restored["arguments"], self._arguments()):
             span = Span(*restored["span"])
             if not is_fast_dev_run(trainer):
                 warn_if_too_short(span, self._length(trainer, steps))
@@ -218,7 +221,7 @@ class GradualPrune(L.Callback):
         index = trainer.optimizers.index(optimizer)
         if index not in self._tried:  # others may have no gradients yet
             several = len(trainer.optimizers) > 1
-            self._pruner.try_criterion(self._due(trainer, index if several else None))
+            self._pruner.try_criterion(self._due(index if several else None))
             self._tried.add(index)
         if not self._clock.steps[index]:
             self._grow(trainer, index)
@@ -267,7 +270,7 @@ class GradualPrune(L.Callback):
         log_masks(trainer, masks)
         log_weights(trainer, network, masks)
         if writes_summary(trainer, self):
-            log_summary(trainer, network)
+            log_summary(trainer)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -399,15 +402,15 @@ class GradualPrune(L.Callback):
             self._progress = progress
         self._unlogged = True  # the target has moved, even where rounding moves no mask
         assert self._pruner is not None
-        if self._pruner.grow(self._due(trainer, index)):
+        if self._pruner.grow(self._due(index)):
             # an average of zeros stays zero, so it is enough to mask the averages here
             for network in averaged_networks(trainer):
                 self._pruner.apply(dict(network.named_parameters(remove_duplicate=False)))
 
-    def _due(self, trainer: L.Trainer, index: int | None = None) -> dict[str, float]:
+    def _due(self, index: int | None = None) -> dict[str, float]:
         assert self._pruner is not None
         parameters, targets = self._pruner.parameters, self._pruner.targets
-        return self._clock.due(parameters, targets, trainer.optimizers, index)
+        return self._clock.due(parameters, targets, index)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._pruner is not None
@@ -419,6 +422,6 @@ class GradualPrune(L.Callback):
         if not self._unlogged or not self._progress:
             return
         self._unlogged = False
-        figures = scalars(self._pruner, {p: one._due(trainer) for one, p in pruners.items()})
+        figures = scalars(self._pruner, {p: one._due() for one, p in pruners.items()})
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=logged_step(trainer))

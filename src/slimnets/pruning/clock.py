@@ -106,11 +106,10 @@ class Clock:
         self,
         parameters: Mapping[str, nn.Parameter],
         targets: Mapping[str, float],
-        optimizers: Sequence[Optimizer],
         index: int | None = None,
     ) -> dict[str, float]:
         """The share of zeros that each weight should have by now, of one optimizer or of all."""
-        owners_in = _owners_in(optimizers)
+        owners_in = _owners_in(self._optimizers)
         due = {}
         for name, parameter in parameters.items():
             owners = owners_in.get(parameter, ())

@@ -40,12 +40,10 @@ def warn_at_start(
 ) -> None:
     """Name what is left alone unasked, what begins too sparse, and what will be empty."""
     alone: dict[str, list[str]] = {}
-    layers = dict(network.named_modules())
+    modules = dict(network.named_modules())
     for name, reason in left_alone(network).items():
-        # of a layer of unknown type, it is the weight that is named
-        layer = layers[name if name in layers else name.rpartition(".")[0]]
         asked = not isinstance(sparsity, Mapping) or any(glob_matches(name, g) for g in sparsity)
-        if asked and not any(matches(name, layer, one) for one in exclude):
+        if asked and not any(matches(name, modules, one) for one in exclude):
             alone.setdefault(reason, []).append(repr(name))
     for reason, names in alone.items():
         which = names[0] if len(names) == 1 else f"each of {', '.join(names)}"
@@ -87,7 +85,7 @@ def warn_at_end(pruner: Pruner, steps: int, span: Span) -> None:
         )
 
 
-def warn_of_changes(now: Mapping[str, str], before: Mapping[str, str]) -> bool:
+def warn_of_changes(before: Mapping[str, str], now: Mapping[str, str]) -> bool:
     """Name the arguments that differ from those of the checkpoint; whether any do."""
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     for name in changed:

@@ -23,7 +23,7 @@ Sparsity: TypeAlias = float | Mapping[str, float]
 Scope: TypeAlias = Literal["layer", "global"]
 
 # in "Type.parameter" of others: tables of biases, positions and tokens, and norms of several axes
-_NO_WEIGHT = re.compile(r"bias|embed|token|norm(\dd)?\.", re.IGNORECASE)
+_NO_WEIGHT = re.compile(r"\..*(bias|token)|embed|norm(\dd)?\.", re.IGNORECASE)
 
 
 def prunable_weights(
@@ -37,7 +37,8 @@ def prunable_weights(
 
     Args:
         network: The network whose layers' names the selectors see.
-        exclude: Layers to leave out: globs over names, types, or predicates of (name, layer).
+        exclude: Layers to leave out: globs over names, types, with what is within them, or
+            predicates of (name, layer).
         layers: If given, only layers of these names.
 
     Returns:
@@ -48,7 +49,7 @@ def prunable_weights(
         ValueError: If a selector chooses no layer, or a lazy layer has no weights yet.
     """
     candidates, measuring = prunable_layers(network), inside_metrics(network)
-    kept = without(candidates, as_selectors(exclude), pairs_of(network))
+    kept = without(network, candidates, as_selectors(exclude), pairs_of(network))
     kept = {name: layer for name, layer in kept.items() if id(layer) not in measuring}
     out = {
         id(weights)
@@ -195,7 +196,7 @@ def target_sparsity(
     Raises:
         ValueError: If a glob or selector chooses nothing, or there is nothing to prune.
     """
-    layers = without(prunable_layers(network), as_selectors(exclude), pairs_of(network))
+    layers = without(network, prunable_layers(network), as_selectors(exclude), pairs_of(network))
     per_layer = assign(sparsity, layers, "sparsity")
     parameters = prunable_weights(network, exclude, layers=per_layer)
     shares: dict[int, float] = {}
