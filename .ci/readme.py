@@ -15,8 +15,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def blocks(language: str) -> list[tuple[str, str]]:
     """The paragraph before each block of ``language``, and the block."""
-    found = re.findall(rf"([^\n]*)\n+```{language}\n(.*?)```", README.read_text(), re.DOTALL)
-    return [(before, block) for before, block in found]
+    return re.findall(rf"([^\n]*)\n+```{language}\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def command(name: str) -> str:

@@ -158,9 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
         network = random_vgg19(0.25 if options.quick else 1)
         slimnets.prune(network, sparsity)
         with tempfile.TemporaryDirectory() as folder:
-            results[sparsity] = measure(
-                network, 1 if options.quick else options.rounds, Path(folder)
-            )
+            results[sparsity] = measure(network, options.rounds, Path(folder))
         check_sizes(results[sparsity])
     measured_on = machine("numpy", "safetensors")
     count = sum(p.numel() for p in network.parameters())

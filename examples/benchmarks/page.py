@@ -55,8 +55,8 @@ python examples/benchmarks/training_cost.py --rounds 8 --out docs/benchmarks
 VGG-19, batch {batch}. Steps are those of Lightning Trainers that take turns step by step.
 Lightning's `ModelPruning` prunes by `torch.nn.utils.prune`. Factorizing is checked to have the
 error of the full SVD within 1 %. On this machine a step varies by some 10 % from one to the next,
-so the ratios of whole steps say no more than that; *masks of GradualPrune* is all that it adds to
-a step, timed within that step.
+so the ratios of whole steps say no more than that; *masks of GradualPrune* is nearly all that it
+adds to a step, timed within that step.
 """
 
 MEMORY = """Peak memory, each in a process of its own at batch 8, beyond that of what it stands

@@ -76,7 +76,7 @@ class Results:
         return f"{epochs:g}{mark}, {len(figures)}"
 
 
-def measured(figures: Figures, form: str) -> bool:
+def has_form(figures: Figures, form: str) -> bool:
     """Whether all seeds have a file of this form."""
     return all(form in one["files"] for one in figures)
 

@@ -45,7 +45,7 @@ def measured(
     )
     device, files = tester.strategy.root_device, {}
     for form, arguments in FORMS.items():
-        stored = file.with_suffix(f".{form}.safetensors") if arguments else file
+        stored = file_of(file, form)
         if arguments:
             slimnets.save(network, stored, **arguments)
         loaded = slimnets.load(stored, NETWORKS[run.network]()).eval()
@@ -66,6 +66,11 @@ def measured(
         "macs": total.macs,
         "effective_macs": total.effective_macs,
     }
+
+
+def file_of(path: Path, form: str) -> Path:
+    """The network of a run in one of the forms, beside its JSON."""
+    return path.with_suffix(f".{form}.safetensors" if FORMS[form] else ".safetensors")
 
 
 def _augmented(data: CIFAR10) -> Iterator[Tensor]:
@@ -95,8 +100,7 @@ def add_speed(run: Run, seed: int, settings: Settings, again: bool = False) -> N
         return
     files = figures["files"]
     smallest = min(files, key=lambda form: files[form]["bytes"])
-    file = path.with_suffix(f".{smallest}.safetensors")
-    network = slimnets.load(file, NETWORKS[run.network]()).eval()
+    network = slimnets.load(file_of(path, smallest), NETWORKS[run.network]()).eval()
     dense = NETWORKS[REFERENCE.network]().eval()
     threads, found = torch.get_num_threads(), {}
     torch.set_num_threads(1)

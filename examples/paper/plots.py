@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from figures import Results, effort, mean, measured
+from figures import Results, effort, has_form, mean
 from matplotlib.figure import Figure
 from runs import (
     COMBINED,
@@ -62,7 +62,7 @@ def plot_bytes(results: Results, path: Path) -> int:
         points = [
             (mean(one["files"][form]["bytes"] for one in figures), results.relative(figures, form))
             for figures in results.found.values()
-            if measured(figures, form)
+            if has_form(figures, form)
         ]
         if points:
             axes.scatter(*zip(*points, strict=True), marker=marker, s=18, label=f"slimnets, {form}")
