@@ -280,7 +280,7 @@ def test_with_other_globs_or_another_exclude_the_schedule_goes_on(
 ):
     with pytest.warns(UserWarning, match=said):
         resume_from_the_middle(make_trainer, tmp_path, [pruning(0.8)], [prune := after()])
-    assert prune._clock.steps == [24]
+    assert prune._run.clock.steps == [24]
 
 
 def test_stacked_the_one_with_other_globs_goes_on_from_the_one_that_is_gone(make_trainer, tmp_path):
@@ -288,7 +288,7 @@ def test_stacked_the_one_with_other_globs_goes_on_from_the_one_that_is_gone(make
     after = [pruning({"network.0": 0.5}), pruning({"network.[79]": 0.8})]
     with pytest.warns(UserWarning, match=r"made with sparsity=\{'network.7': 0.8\}"):
         resume_from_the_middle(make_trainer, tmp_path, before, after)
-    assert [prune._clock.steps for prune in after] == [[24], [24]]
+    assert [prune._run.clock.steps for prune in after] == [[24], [24]]
 
 
 def test_stacked_where_several_are_gone_the_schedule_begins_anew_and_says_so(
@@ -299,7 +299,7 @@ def test_stacked_where_several_are_gone_the_schedule_begins_anew_and_says_so(
         resume_from_the_middle(
             make_trainer, tmp_path, before, [prune := pruning({"network.*": 0.8})]
         )
-    assert prune._clock.steps == [12]
+    assert prune._run.clock.steps == [12]
 
 
 def test_a_longer_run_goes_on_with_the_span_it_had(make_trainer, tmp_path):
@@ -307,7 +307,7 @@ def test_a_longer_run_goes_on_with_the_span_it_had(make_trainer, tmp_path):
     prune = GradualPrune(0.9, end=0.8)
     trainer = make_trainer(max_epochs=20, limit_train_batches=1, callbacks=[prune, ExactResume()])
     trainer.fit(Noisy(), small_data(), small_data(8), ckpt_path=tmp_path / "epoch=2.ckpt")
-    assert prune._clock.span.end == 24
+    assert prune._run.clock.span.end == 24
     assert prune.target_reached
 
 

@@ -156,7 +156,7 @@ def test_under_a_gradient_accumulation_scheduler(make_trainer):
     module, *_ = run(
         make_trainer, prune, callbacks=[GradientAccumulationScheduler({0: 1, 1: 4})], epochs=3
     )
-    assert prune._clock.span.end == 6 + 2 + 2
+    assert prune._run.clock.span.end == 6 + 2 + 2
     assert zeros(module) == expected(module, 0.9)
 
 
@@ -281,7 +281,7 @@ def test_stochastic_weight_averaging(make_trainer, kind):
     prune = GradualPrune(0.9, end=1.0)
     swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
     module, *_ = run(make_trainer, prune, kind(), callbacks=[swa], epochs=4)
-    assert prune._clock.span.end == 24  # not 30: the epoch that SWA adds has no steps
+    assert prune._run.clock.span.end == 24  # not 30: the epoch that SWA adds has no steps
     assert zeros(module) == expected(module, 0.9)
 
 
@@ -462,7 +462,7 @@ class AdamThenLBFGS(Classifier):
 def test_of_weights_of_several_optimizers_the_steps_of_all_count(make_trainer, every, end):
     prune = GradualPrune(0.9, begin=0, end=end, every=every, schedule=linear)
     module, watch, _ = run(make_trainer, prune, AdamThenLBFGS())
-    assert prune._clock.steps == [12, 6, 0]
+    assert prune._run.clock.steps == [12, 6, 0]
     total = sum(expected(module, 1.0).values())
     updates = [min(step // every * every, end) if step < end else end for step in range(1, 19)]
     for count, step in zip(watch.history, updates, strict=True):
@@ -526,7 +526,7 @@ def test_a_step_within_a_step_is_one_step_and_one_that_raises_is_none(make_train
     torch.optim.SGD([torch.zeros(1)])  # from now on torch calls the hooks of a step within a step
     prune = GradualPrune(0.9, begin=0, end=11, every=1, schedule=linear)
     module, watch, _ = run(make_trainer, prune, Forgiving(), epochs=2)
-    assert prune._clock.steps == [11]
+    assert prune._run.clock.steps == [11]
     total = sum(mask.numel() for mask in prune.masks.values())
     shares = [round(count / total * 11 / 0.9, 1) for count in watch.history]
     assert shares == [1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]

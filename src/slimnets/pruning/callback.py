@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -23,6 +22,7 @@ from slimnets.pruning.report import (
     warn_of_changes,
     warn_of_others,
 )
+from slimnets.pruning.run import Run
 from slimnets.pruning.schedules import check_schedule, cubic
 from slimnets.pruning.span import Span, Steps, check_span, resolve_span
 from slimnets.pruning.weights import (
@@ -34,7 +34,6 @@ from slimnets.pruning.weights import (
     target_sparsity,
 )
 from slimnets.trainer import (
-    averaged_networks,
     callbacks_of,
     has_time_limit,
     is_fast_dev_run,
@@ -141,26 +140,21 @@ class GradualPrune(L.Callback):
         self.scope: Scope = scope
         self.exclude = as_selectors(exclude)
 
-        self._pruner: Pruner | None = None
-        self._before: Pruner | None = None  # of the last run, until the next begins
-        self._clock = Clock(Span(0, 0, 1), [], initial, schedule)
-        self._progress: list[float | None] = []  # of each optimizer, at the last update of all
-        self._start = 0  # trainer.global_step at step 0
+        self._run: Run | None = None
+        self._before: Run | None = None  # the last one, until the next begins
         self._restored: dict[str, Any] | None = None
-        self._unlogged = False
-        self._tried: set[int] = set()  # optimizers with whose weights the criterion has been
         self._is_fitting = False
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Name of each weight to its mask, bool, True where it is kept; empty before ``fit``."""
-        pruned = self._pruner.pruned if self._pruner else {}
+        pruned = self._run.pruner.pruned if self._run else {}
         return {name: ~mask for name, mask in pruned.items()}
 
     @property
     def target_reached(self) -> bool:
         """Whether the network is as sparse as asked."""
-        return self._pruner is not None and self._pruner.reached
+        return self._run is not None and self._run.pruner.reached
 
     @property
     def state_key(self) -> str:
@@ -174,8 +168,7 @@ class GradualPrune(L.Callback):
         self._is_fitting = stage == "fit"
         if self._is_fitting:
             # a callback that has served another run begins anew; a checkpoint is restored later
-            self._before, self._pruner, self._restored = self._pruner, None, None
-            self._tried = set()
+            self._before, self._run, self._restored = self._run, None, None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the weights and the steps of the run; nothing is pruned yet."""
@@ -193,39 +186,30 @@ class GradualPrune(L.Callback):
             pruner.load_state_dict(restored["masks"])
 
         warn_at_start(network, pruner, self.sparsity, self.exclude)
-        self._pruner, self._before, self._progress = pruner, None, []
-        self._start = trainer.global_step - max(steps, default=0)
-        self._unlogged = True
-        self._clock.stop()
-        self._clock = Clock(span, steps, self.initial, self.schedule)
-        self._clock.start(trainer.optimizers, partial(self._after_step, trainer))
+        self._stop()
+        clock = Clock(span, steps, self.initial, self.schedule)
+        self._run, self._before = Run(pruner, clock, self._make_pruner), None
+        self._run.begin(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Follow optimizers that were made anew in the middle of the run."""
-        self._clock.follow(trainer.optimizers, partial(self._after_step, trainer))
+        if self._run:
+            self._run.before_batch(trainer)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mask the gradients that a step of manual optimization clips itself."""
-        if self._pruner is not None and not pl_module.automatic_optimization:
-            self._pruner.mask_gradients()
+        if self._run and not pl_module.automatic_optimization:
+            self._run.pruner.mask_gradients()
 
     @untraced
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Mask the gradients, before they are clipped; and prune, if pruning begins at step 0."""
-        if self._pruner is None:
-            return
-        index = trainer.optimizers.index(optimizer)
-        if index not in self._tried:  # others may have no gradients yet
-            several = len(trainer.optimizers) > 1
-            self._pruner.try_criterion(self._due(index if several else None))
-            self._tried.add(index)
-        if not self._clock.steps[index]:
-            self._grow(trainer, index)
-        self._pruner.mask_gradients()
+        if self._run:
+            self._run.before_step(trainer, optimizer)
 
     def on_train_batch_end(
         self,
@@ -236,16 +220,9 @@ class GradualPrune(L.Callback):
         batch_idx: int,
     ) -> None:
         """Count what the gradient scaler has skipped, prune what has waited for it, and log."""
-        self._clock.settle()
-        steps = self._clock.steps
-        if pl_module.automatic_optimization and steps:
-            # a step that the scaler skips for its infinities runs no hook of the optimizer
-            steps[0] = max(steps[0], trainer.global_step - self._start)
-        # layers may have been replaced for a step that is still to come, and a checkpoint be due
-        self._follow(trainer, compressed_network(pl_module))
-        if any(steps):
-            self._grow(trainer)
-        self._log(trainer, pl_module)
+        if self._run:
+            self._run.after_batch(trainer, pl_module)
+            self._log(self._run, trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune what the module has written since the last step, before a checkpoint keeps it."""
@@ -253,15 +230,15 @@ class GradualPrune(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The same in the middle of an epoch."""
-        if self._clock.is_running:
+        if self._run and self._run.clock.is_running:
             self._keep_zeros()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the target was not reached."""
-        self._clock.stop()
+        self._stop()
         self._keep_zeros()
-        if self._pruner and not is_fast_dev_run(trainer):
-            warn_at_end(self._pruner, self._clock.latest, self._clock.span)
+        if self._run and not is_fast_dev_run(trainer):
+            warn_at_end(self._run.pruner, self._run.clock.latest, self._run.clock.span)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the masks and the weights that are left, averaged weights copied back by now."""
@@ -276,33 +253,33 @@ class GradualPrune(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Leave no hook behind."""
-        self._clock.stop()
+        self._stop()
         self._restored = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Prune what was written in ``on_fit_end``, the module's or a callback's after this one."""
         if stage == "fit":
             self._keep_zeros()
-            if self._pruner is None and self._restored is None:  # there was nothing left to train
-                self._pruner, self._before = self._before, None
+            if self._run is None and self._restored is None:  # there was nothing left to train
+                self._run, self._before = self._before, None
 
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit a weight, steps, span, and the arguments for comparison."""
-        if self._pruner is None:  # of a run that was over when it was resumed, what was loaded
+        if self._run is None:  # of a run that was over when it was resumed, what was loaded
             return self._restored or {}
-        span = self._clock.span
+        span = self._run.clock.span
         return {
             "arguments": self._arguments(),
-            "steps": list(self._clock.steps),
+            "steps": list(self._run.clock.steps),
             "span": [span.begin, span.end, span.every],
-            "masks": self._pruner.state_dict(),
+            "masks": self._run.pruner.state_dict(),
         }
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Leave out masks of layers that have just been replaced; the zeros are in the weights."""
-        if self._pruner and not self._pruner.is_of(compressed_network(pl_module)):
+        if self._run and not self._run.pruner.is_of(compressed_network(pl_module)):
             checkpoint["callbacks"][self.state_key]["masks"] = {}
 
     def on_load_checkpoint(
@@ -325,10 +302,8 @@ class GradualPrune(L.Callback):
 
         In the middle of a run, go back to it at once: a finder's trial is over.
         """
-        if self._pruner is not None and self._clock.is_running:
-            self._clock.steps = list(state_dict["steps"])
-            self._pruner.load_state_dict(state_dict["masks"])
-            self._progress = []
+        if self._run and self._run.clock.is_running:
+            self._run.go_back(state_dict)
             return
         self._restored = state_dict if state_dict and self._is_fitting else None
 
@@ -354,8 +329,8 @@ class GradualPrune(L.Callback):
 
     def _make_pruner(self, trainer: L.Trainer, network: nn.Module) -> Pruner:
         parameters, targets = target_sparsity(network, self.sparsity, self.exclude)
-        for other, pruner in self._pruners(trainer).items():
-            taken = set(pruner.parameters.values()) & set(parameters.values())
+        for other, run in self._runs(trainer).items():
+            taken = set(run.pruner.parameters.values()) & set(parameters.values())
             if other is not self and taken:
                 names = [name for name, weights in parameters.items() if weights in taken]
                 raise ValueError(
@@ -365,63 +340,29 @@ class GradualPrune(L.Callback):
         several = trainer.world_size > 1
         return Pruner(parameters, targets, self.criterion, self.scope, synchronize=several)
 
-    def _pruners(self, trainer: L.Trainer) -> dict["GradualPrune", Pruner]:
-        """The callbacks of this class on ``trainer`` that have begun, in order, and their masks."""
+    def _runs(self, trainer: L.Trainer) -> dict["GradualPrune", Run]:
+        """The callbacks of this class on ``trainer`` that have begun, in order, and their runs."""
         own = [one for one in callbacks_of(trainer) if isinstance(one, GradualPrune)]
-        return {one: one._pruner for one in own if one._pruner is not None}
-
-    def _after_step(self, trainer: L.Trainer, index: int) -> None:
-        self._follow(trainer, compressed_network(trainer.lightning_module))
-        self._grow(trainer, index)
-        self._keep_zeros()
+        return {one: one._run for one in own if one._run is not None}
 
     def _keep_zeros(self) -> None:
-        if self._pruner is not None:
-            self._pruner.apply(self._pruner.parameters)
+        if self._run:
+            self._run.keep_zeros()
 
-    def _follow(self, trainer: L.Trainer, network: nn.Module) -> None:
-        """Take up the layers that have replaced others in the middle of the run, if any have."""
-        assert self._pruner is not None
-        if self._pruner.is_of(network):
-            return
-        self._keep_zeros()  # momentum has moved those of the other layers, whose masks begin anew
-        self._pruner = self._make_pruner(trainer, network)
-        self._progress = []  # so that the new weights are pruned at once, as far as is due
+    def _stop(self) -> None:
+        if self._run:
+            self._run.clock.stop()
 
-    def _grow(self, trainer: L.Trainer, index: int | None = None) -> None:
-        """Let the masks grow that are due: after a step, those of the weights that it changes.
-
-        Other weights wait for the end of the batch, since a graph through them may still be alive.
-        """
-        progress = self._clock.progress
-        if progress == self._progress:
-            return
-        if len(progress) == 1:
-            index = None
-        if index is None:
-            self._progress = progress
-        self._unlogged = True  # the target has moved, even where rounding moves no mask
-        assert self._pruner is not None
-        if self._pruner.grow(self._due(index)):
-            # an average of zeros stays zero, so it is enough to mask the averages here
-            for network in averaged_networks(trainer):
-                self._pruner.apply(dict(network.named_parameters(remove_duplicate=False)))
-
-    def _due(self, index: int | None = None) -> dict[str, float]:
-        assert self._pruner is not None
-        parameters, targets = self._pruner.parameters, self._pruner.targets
-        return self._clock.due(parameters, targets, index)
-
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self._pruner is not None
+    def _log(self, run: Run, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.barebones:
             return
-        pruners = self._pruners(trainer)
-        if next(iter(pruners)) is self:
-            pl_module.log("sparsity", overall([*pruners.values()]), prog_bar=True, on_step=True)
-        if not self._unlogged or not self._progress:
+        runs = self._runs(trainer)
+        if next(iter(runs)) is self:
+            zeros = overall([one.pruner for one in runs.values()])
+            pl_module.log("sparsity", zeros, prog_bar=True, on_step=True)
+        if not (run.has_news and run.has_pruned):
             return
-        self._unlogged = False
-        figures = scalars(self._pruner, {p: one._due() for one, p in pruners.items()})
+        run.has_news = False
+        figures = scalars(run.pruner, {one.pruner: one.due() for one in runs.values()})
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=logged_step(trainer))
