@@ -26,7 +26,7 @@ from torch import nn
 
 from slimnets.acceleration import accelerate
 from slimnets.acceleration.region import Region
-from slimnets.acceleration.steps import Conv, Linear
+from slimnets.acceleration.steps import Conv, Linear, Matrix
 
 MEMORY_BYTES = 384 << 20
 BYTES_OF_NONZERO = 8
@@ -51,11 +51,11 @@ def bandwidth(touched: int, rounds: int = 7) -> float:
 
 
 def nonzeros(found: Iterable[tuple[Region, Any]]) -> dict[str, int]:
-    """Of each layer, after channels have been removed."""
+    """Of each layer that the sparse kernel computes, after channels have been removed."""
     counts = {}
     for region, _ in found:
         for step in region.steps:
-            if isinstance(step, Conv):
+            if isinstance(step, Conv) and not isinstance(step.weight, Matrix):
                 counts[step.name] = step.weight.products
             elif isinstance(step, Linear):
                 counts[step.name] = int((step.weight != 0).sum())

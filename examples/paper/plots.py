@@ -105,6 +105,44 @@ def plot_lines(path: Path, label: str, lines: Lines, log: bool) -> None:
     figure.savefig(path, dpi=150)
 
 
+def gradual_curves(network: Run) -> dict[str, list[tuple[Any, Run]]]:
+    """Name of each curve to its shares of zeros, in per cent, and runs."""
+    kinds: dict[str, dict[str, Any]] = {
+        "gradual": {},
+        "gradual, all weights together": {"scope": "global"},
+        "gradual, all weights together, distilled": {"scope": "global", "distilled": True},
+        "one-shot": {"gradual": False},
+    }
+    curves = {
+        name: [(100 * s, pruned(s, of=network, **kind)) for s in SPARSITIES]
+        for name, kind in kinds.items()
+    }
+    if network == REFERENCE:
+        by_two, by_three = (
+            [(100 * s, run) for s, run in by.items()] for by in (PRUNED_BY_TWO, PRUNED_BY_THREE)
+        )
+        curves["gradual, all weights together, distilled from two"] = by_two
+        curves["gradual, all weights together, distilled from three"] = by_three
+        curves["the same, trained on"] = [(s, again(run)) for s, run in by_three]
+    return curves
+
+
+def rank_curves(network: Run) -> dict[str, list[Run]]:
+    """Name of each curve to its runs."""
+    curves = {way: [factorized(rank, way, network) for rank in RANKS] for way in WAYS}
+    if network != REFERENCE:
+        return {**curves}
+    once = again(FACTORIZED_BY_THREE)
+    return {
+        **curves,
+        "spatial, the paper's ranks": [factorized("paper")],
+        "spatial, the paper's ranks, distilled": [factorized("paper", distilled=True)],
+        "spatial, the paper's ranks, distilled from two": [FACTORIZED_BY_TWO],
+        "spatial, the paper's ranks, distilled from three": [FACTORIZED_BY_THREE],
+        "the same, trained on": [once, again(once)],
+    }
+
+
 def plots(results: Results, folder: Path) -> dict[str, str]:
     """Write those that there are runs for, and give the caption of each file."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,54 +170,30 @@ def plots(results: Results, folder: Path) -> dict[str, str]:
             found = [results.of(run) for pairs in runs.values() for _, run in pairs]
             captions[file] = f"{title}: {effort(found)}"
 
-    gradual = {
-        f"the paper, {name}": [
-            (100 * s, both[i] / PAPER_DENSE) for s, both in PAPER_GRADUAL.items()
-        ]
-        for i, name in enumerate(("gradual", "one-shot"))
-    }
-    low_rank = {"the paper": [PAPER_POINTS["low rank"]]}
     for network in (REFERENCE, SMALL):
-        kinds: dict[str, dict[str, Any]] = {
-            "gradual": {},
-            "gradual, all weights together": {"scope": "global"},
-            "gradual, all weights together, distilled": {"scope": "global", "distilled": True},
-            "one-shot": {"gradual": False},
-        }
-        zeros = {
-            name: [(100 * s, pruned(s, of=network, **kind)) for s in SPARSITIES]
-            for name, kind in kinds.items()
-        }
-        if network == REFERENCE:
-            by_two, by_three = (
-                [(100 * s, run) for s, run in by.items()] for by in (PRUNED_BY_TWO, PRUNED_BY_THREE)
-            )
-            zeros["gradual, all weights together, distilled from two"] = by_two
-            zeros["gradual, all weights together, distilled from three"] = by_three
-            zeros["the same, trained on"] = [(s, again(run)) for s, run in by_three]
+        is_paper = network == REFERENCE
         draw(
             f"gradual-{network.network}.png",
             f"Gradual against one-shot pruning of {network.network}",
             "zeros, %",
-            zeros,
-            gradual if network == REFERENCE else {},
+            gradual_curves(network),
+            {
+                f"the paper, {name}": [
+                    (100 * s, both[i] / PAPER_DENSE) for s, both in PAPER_GRADUAL.items()
+                ]
+                for i, name in enumerate(("gradual", "one-shot"))
+                if is_paper
+            },
         )
-        curves: dict[str, list[Run]] = {
-            way: [factorized(rank, way, network) for rank in RANKS] for way in WAYS
-        }
-        if network == REFERENCE:
-            curves["spatial, the paper's ranks"] = [factorized("paper")]
-            curves["spatial, the paper's ranks, distilled"] = [factorized("paper", distilled=True)]
-            curves["spatial, the paper's ranks, distilled from two"] = [FACTORIZED_BY_TWO]
-            curves["spatial, the paper's ranks, distilled from three"] = [FACTORIZED_BY_THREE]
-            once = again(FACTORIZED_BY_THREE)
-            curves["the same, trained on"] = [once, again(once)]
         draw(
             f"low-rank-{network.network}.png",
             f"Low rank {network.network}",
             BYTES,
-            {name: [(size(run), run) for run in runs] for name, runs in curves.items()},
-            low_rank if network == REFERENCE else {},
+            {
+                name: [(size(run), run) for run in runs]
+                for name, runs in rank_curves(network).items()
+            },
+            {"the paper": [PAPER_POINTS["low rank"]]} if is_paper else {},
         )
     both = {"alone": False, "distilled": True}
     draw(
