@@ -31,7 +31,8 @@ def check_networks(student: Any, teacher: Any) -> None:
         raise TypeError(
             "student: a compiled LightningModule; compile its layers, or the DistillationModule"
         )
-    if type(teacher).forward in (nn.Module.forward, L.LightningModule.forward):
+    missing = (nn.Module.forward, L.LightningModule.forward)
+    if getattr(teacher.forward, "__func__", None) in missing:
         raise TypeError(
             f"teacher={type(teacher).__name__}: has no forward(); pass the network in it: "
             f"{_children(teacher)}"
