@@ -234,7 +234,8 @@ def _mind_fast_path(layer: nn.TransformerEncoderLayer) -> None:
     """Leave PyTorch's fast path, which multiplies by the weights itself, to linear layers."""
     kinds: dict[Any, int] = {F.relu: 1, nn.ReLU: 1, F.gelu: 2, nn.GELU: 2}
     activation = kinds.get(layer.activation) or kinds.get(type(layer.activation), 0)
-    is_plain = type(layer.linear1) is type(layer.linear2) is nn.Linear
+    both = (layer._modules.get("linear1"), layer._modules.get("linear2"))
+    is_plain = all(type(one) is nn.Linear for one in both)
     layer.activation_relu_or_gelu = activation if is_plain else 0
 
 
