@@ -80,14 +80,18 @@ def as_selectors(exclude: Selectors) -> tuple[Selector, ...]:
 def glob_matches(name: str, glob: str) -> bool:
     """Whether ``glob`` matches ``name``, or that of a module in which the layer ``name`` stands.
 
-    So a glob that chose a layer goes on choosing it when a pair of layers has taken its place.
+    So a glob that chose a layer goes on choosing it when a pair of layers has taken its place, and
+    when a module around it has been compiled.
 
     Examples:
         >>> [glob_matches("block.conv.first", g) for g in ("block.conv", "block.*", "conv")]
         [True, True, False]
+        >>> glob_matches("block._orig_mod.conv", "block.conv")
+        True
     """
     parts = name.split(".")
-    paths = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    plain = [part for part in parts if part != "_orig_mod"]
+    paths = [".".join(some[:n]) for some in (parts, plain) for n in range(len(some), 0, -1)]
     return glob in paths or any(fnmatchcase(path, glob) for path in paths)  # "[" may be in a name
 
 

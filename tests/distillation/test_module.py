@@ -160,6 +160,14 @@ def test_gradient_accumulation_averages_the_weighted_sum(make_trainer) -> None:
     assert_weights(network, expected)
 
 
+def test_a_frozen_student_is_refused(make_trainer) -> None:
+    teacher = small_network()
+    DistillationModule(small_network(), teacher)
+    again = DistillationModule(copy.deepcopy(teacher), small_network())
+    with pytest.raises(ValueError, match=r"student=Sequential: none .*\.requires_grad_\(\)"):
+        make_trainer(max_epochs=1).fit(again, small_data())
+
+
 def test_a_lightning_module_can_teach(make_trainer) -> None:
     teacher = Classifier()
     teacher.log = None  # nothing of it but forward is called

@@ -256,3 +256,8 @@ def test_only_the_name_of_a_parameter_tells_that_it_is_a_bias_or_a_token():
             self.token = nn.Parameter(torch.randn(8, 8))
 
     assert list(left_alone(nn.Sequential(TokenMixer(), nn.Linear(8, 8)))) == ["0.weight"]
+
+
+def test_a_glob_goes_through_a_compiled_module():
+    network = nn.ModuleDict({"body": torch.compile(nn.Sequential(nn.Linear(4, 4)))})
+    assert list(target_sparsity(network, {"body.0": 0.5})[1].values()) == [0.5]

@@ -233,7 +233,17 @@ class DistillationModule(L.LightningModule):
 
     @student_hook()
     def configure_optimizers(self) -> Any:
-        """What ``optimizer`` makes of the student's parameters."""
+        """What ``optimizer`` makes of the student's parameters.
+
+        Raises:
+            ValueError: If none of them requires gradients, as in a copy of a teacher.
+        """
+        if not any(one.requires_grad for one in self.student.parameters()):
+            raise ValueError(
+                f"student={type(self.student).__name__}: none of its parameters requires "
+                "gradients, as in a copy of a teacher or an accelerated network; call "
+                "student.requires_grad_() or pass the network itself"
+            )
         return self._optimizer(self.student.parameters())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
