@@ -232,7 +232,8 @@ def prune(
         criterion: Parameter to scores of its shape; the lowest are pruned.
         scope: ``"layer"`` for the same sparsity in every layer, ``"global"`` for the lowest scores
             of the whole network.
-        exclude: Layers to leave alone: globs, types or predicates of (name, layer).
+        exclude: Layers to leave alone: globs, types, with what is within them, or predicates of
+            (name, layer).
 
     Returns:
         Name of each weight to its mask, bool, True where the weight is kept.
