@@ -25,9 +25,9 @@ HEAD = """# Benchmarks
 
 Made by `python examples/benchmarks/page.py` of the figures in [{folder}/]({folder}), which the
 commands below write (`pip install ".[benchmarks]"`). Times are ratios of what was measured in
-turn, in one run. The speed of VGG-19 is of the code as it is; the rest was measured before there
-was a dense kernel, the file and training before that. Each section ends with the machine and the
-versions that it was measured with.
+turn, in one run. The speed of VGG-19 is of the kernels as they are; the rest was measured before
+there was a dense kernel, the file and training before that. Each section ends with the machine and
+the versions that it was measured with.
 """
 
 FILE = """## The file

@@ -23,7 +23,7 @@ from slimnets.artifact.index import VERSION
 from slimnets.artifact.streams import ArtifactError
 
 # set SLIMNETS_MUTATIONS for more
-MUTATIONS = int(os.environ.get("SLIMNETS_MUTATIONS", "1500"))
+MUTATIONS = int(os.environ.get("SLIMNETS_MUTATIONS", "3000"))
 
 
 class Example(nn.Module):

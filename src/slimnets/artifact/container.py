@@ -92,8 +92,9 @@ def stored_bytes(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     total = dict.fromkeys(state, 0.0)
     for stream, data in pool([*coded.values()]).items():
         costs = {n: cost(c.streams[stream]) for n, c in coded.items() if stream in c.streams}
+        whole = sum(costs.values())
         for name, own in costs.items():
-            total[name] += own / sum(costs.values()) * len(data)
+            total[name] += own / whole * len(data)
     ends = np.rint(np.cumsum([0.0, *total.values()])).astype(int)
     return {name: int(size) for name, size in zip(total, np.diff(ends), strict=True)}
 

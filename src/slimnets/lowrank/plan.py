@@ -33,7 +33,7 @@ from slimnets.text import as_text
 Rank: TypeAlias = int | float
 """A rank, or a fraction of the layer's full rank in (0, 1)."""
 
-READ = {
+READ_FROM_OUTSIDE = {
     "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
     "timm.models.beit.Attention": ("qkv",),
@@ -237,7 +237,7 @@ def _read_by_parents(model: nn.Module) -> dict[int, str]:
         id(child): f"{type(module).__name__} reads its weight"
         for module in model.modules()
         for kind in type(module).__mro__
-        for name in READ.get(f"{kind.__module__}.{kind.__name__}", ())
+        for name in READ_FROM_OUTSIDE.get(f"{kind.__module__}.{kind.__name__}", ())
         if (child := module._modules.get(name)) is not None
     }
 
