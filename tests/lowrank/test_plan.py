@@ -66,6 +66,17 @@ def test_every_layer_has_its_rank_or_a_reason():
     assert not any(row.asked for row in found.values())
 
 
+def test_weights_that_are_another_layers_transposed_are_left():
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.Linear(16, 16))
+    net[2].weight = nn.Parameter(net[0].weight.detach().t())
+    reasons = {name: row.reason for name, row in rows(net, 4).items()}
+    assert reasons == {
+        "0": "it shares parameters with '2'",
+        "2": "it shares parameters with '0'",
+        "3": "",
+    }
+
+
 def test_weights_are_counted_before_and_after():
     found = rows(Everything(), 4)
     assert (found["conv"].before, found["conv"].after) == (16 * 16 * 9, 4 * (48 + 48))

@@ -9,6 +9,7 @@ from typing import TypeAlias, cast
 
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from slimnets.layers import (
     Selector,
@@ -213,19 +214,24 @@ def _reason_to_leave(
     for parameter in layer.parameters():
         if parameter.is_meta:
             return "it is on the meta device and has no values yet"
-        for name, other in holders[id(parameter)].items():
+        for name, other in holders[_place(parameter)].items():
             if other is not layer:
                 return f"it shares parameters with {name!r}"
     return ""
 
 
 def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
-    """Id of each parameter, and the modules that hold it; a tied one is held by several."""
+    """Place of each parameter, and the modules that hold it; a tied one is held by several."""
     holders: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), {})[name] = module
+            holders.setdefault(_place(parameter), {})[name] = module
     return holders
+
+
+def _place(parameter: nn.Parameter) -> int:
+    """Where its values are: those of another, transposed, are at the same place (decoders)."""
+    return 0 if is_lazy(parameter) else parameter.data_ptr()
 
 
 def _read_by_parents(model: nn.Module) -> dict[int, str]:
