@@ -11,6 +11,7 @@ SOURCE = Path(slimnets.__file__).parent
 
 # what a room may know of besides itself; the public names of the package know everything
 MAY_KNOW: dict[str, set[str]] = {
+    "inputs": set(),
     "layers": set(),
     "text": set(),
     "trainer": {"layers"},
@@ -20,8 +21,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "lowrank": {"layers", "trainer", "inspection", "text"},
     "distillation": {"lowrank.follow"},
     "artifact": {"layers", "lowrank.modules"},
-    "inspection": {"layers", "trainer", "lowrank.modules", "artifact", "text"},
-    "acceleration": {"layers", "lowrank.modules", "lowrank.factorize", "text"},
+    "inspection": {"inputs", "layers", "trainer", "lowrank.modules", "artifact", "text"},
+    "acceleration": {"inputs", "layers", "lowrank.modules", "lowrank.factorize", "text"},
 }
 
 

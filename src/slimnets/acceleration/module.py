@@ -23,10 +23,10 @@ from slimnets.acceleration.prepare import (
     positional,
     same_results,
     simplify,
-    tensors_in,
 )
 from slimnets.acceleration.report import Report
 from slimnets.acceleration.trace import version_of, versions_of
+from slimnets.inputs import tensors_in
 from slimnets.layers import compressed_network
 
 LEAST_GAIN = 1.05

@@ -15,6 +15,7 @@ from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.nodes import Recorder
 from slimnets.acceleration.shrink import shrink
 from slimnets.acceleration.trace import trace
+from slimnets.inputs import arguments_in, tensors_in
 from slimnets.layers import compressed_network, refuse_lazy
 
 TOLERANCE = 1e-4
@@ -35,26 +36,12 @@ def positional(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
             "example_input: got a dictionary, expected a tensor or a tuple of the arguments of "
             "forward; a dictionary that is one of them stands in a tuple, (dictionary,)"
         )
-    # a tuple of its own type, such as a PackedSequence, is one argument
-    is_arguments = isinstance(example_input, tuple) and not hasattr(example_input, "_fields")
-    return copied(example_input if is_arguments else (example_input,))  # type: ignore[no-any-return]
+    return copied(arguments_in(example_input))  # type: ignore[no-any-return]
 
 
 def copied(value: Any) -> Any:
     """``value`` with copies of the tensors in it."""
     return apply_to_collection(value, Tensor, lambda one: one.detach().clone(), allow_frozen=True)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in ``value``, in order."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    apply_to_collection(value, Tensor, note, allow_frozen=True)
-    return found
 
 
 def copy_for_inference(model: nn.Module) -> nn.Module:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import nn
 
+from slimnets.inputs import arguments_in, tensors_in
 from slimnets.inspection import table
 from slimnets.inspection.latency import Spread, device_of, measure, undisturbed
 from slimnets.inspection.macs import count_macs
@@ -186,9 +186,8 @@ def _forward(network: nn.Module, example_input: Any) -> Callable[[], object]:
     moved = move_data_to_device(example_input, device_of(network))
     if isinstance(moved, Mapping):
         return lambda: network(**moved)
-    if isinstance(moved, tuple) and not hasattr(moved, "_fields"):  # such as a PackedSequence
-        return lambda: network(*moved)
-    return lambda: network(moved)
+    arguments = arguments_in(moved)
+    return lambda: network(*arguments)
 
 
 def _compare(
@@ -207,13 +206,7 @@ def _compare(
 
 
 def _conditions(network: nn.Module, example_input: Any) -> str:
-    shapes: list[str] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        shapes.append(str(tuple(tensor.shape)))
-        return tensor
-
-    apply_to_collection(example_input, Tensor, note, allow_frozen=True)
+    shapes = [str(tuple(tensor.shape)) for tensor in tensors_in(example_input)]
     threads = torch.get_num_threads()
     place = f"{device_of(network)}, {threads} thread{'s' * (threads > 1)}"
     return f"input {', '.join(shapes)} on {place}" if shapes else place
