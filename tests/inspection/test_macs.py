@@ -47,6 +47,20 @@ def test_one_layer(layer: nn.Module, images: Tensor, expected: int) -> None:
     assert count(layer, images) == {"": (expected, expected // 2)}
 
 
+def test_a_product_of_two_vectors() -> None:
+    class Score(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, features: Tensor) -> Tensor:
+            return torch.dot(features, self.weight)
+
+    network = Score()
+    half_zero(network.weight)
+    assert count(network, x(6)) == {"": (6, 3)}
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers(kind: type[nn.RNNBase], bidirectional: bool) -> None:

@@ -138,7 +138,7 @@ def test_recurrent_weights_that_are_computed_are_left_and_named():
         nn.utils.weight_norm(network["old"], "weight_hh_l0")
     nn.utils.parametrizations.weight_norm(network["new"], "weight_hh_l0")
     assert names(network) == ["old.weight_ih_l0", "new.weight_ih_l0"]
-    assert list(left_alone(network)) == ["old", "new"]
+    assert list(left_alone(network)) == ["old.weight_hh_l0", "new.weight_hh_l0"]
 
 
 @pytest.mark.parametrize("exclude", [(), "distance"])

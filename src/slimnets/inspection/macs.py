@@ -156,6 +156,7 @@ _PRODUCTS: dict[str, Callable[..., Products]] = {
     "mm": _matmul,
     "bmm": _matmul,
     "mv": _matmul,
+    "dot": _matmul,
     "addmm": _add_matmul,
     "baddbmm": _add_matmul,
     "addmv": _add_matmul,

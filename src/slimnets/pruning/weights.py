@@ -82,7 +82,8 @@ def prunable_layers(network: nn.Module) -> dict[str, nn.Module]:
 def left_alone(network: nn.Module) -> dict[str, str]:
     """Name of each layer that a user would expect to be pruned and that is not, and why.
 
-    Where the type of the layer is not known, the name of its weight.
+    Where the type of the layer is not known, or others of its weights are pruned, the name of the
+    weight.
     """
     embeddings, measuring = _of_embeddings(network), inside_metrics(network)
     known = {id(w) for layer in network.modules() for w in _weights_of(layer).values()} | embeddings
@@ -90,8 +91,10 @@ def left_alone(network: nn.Module) -> dict[str, str]:
     for name, layer in network.named_modules():
         if id(layer) in measuring:
             continue
-        if any(is_parametrized(layer, tensor) for tensor in _names_of(layer)):
-            reasons[name] = "its weight is computed from other parameters"
+        if computed := [key for key in _names_of(layer) if is_parametrized(layer, key)]:
+            which = [f"{name}.{key}".lstrip(".") for key in computed]
+            which = which if _weights_of(layer) else [name]
+            reasons |= dict.fromkeys(which, "its weight is computed from other parameters")
         elif any(id(weights) in embeddings for weights in _weights_of(layer).values()):
             reasons[name] = "its weight is that of an embedding"
         elif not _names_of(layer) and not isinstance(layer, ParametrizationList):
