@@ -82,7 +82,8 @@ class DistillationModule(L.LightningModule):
             those of the benchmark in arXiv 1910.10699.
         loss: A distillation loss to use instead, called as ``loss(student_output, teacher_output)``
             and returning a scalar: :func:`logit_regression`, or a function of your own. Outputs are
-            handed over as the networks return them.
+            handed over as the networks return them. Ours average over all positions of dense
+            outputs, padding and targets of -100 too; for others, return a mask beside the logits.
         logits: For a LightningModule that computes its logits in a submodule, as ``self.model(x)``
             rather than ``self(x)``, the name of that submodule (``"model"``); the teacher is called
             with the inputs of it.
