@@ -20,19 +20,16 @@ from pathlib import Path
 import lightning as L
 import torch
 
-FOLDER = Path(__file__).parent
-sys.path.append(str(FOLDER.parent))  # the other examples
+sys.path.append(str(Path(__file__).parents[1]))  # the other examples
 
-from cifar10 import Classifier  # noqa: E402
-from data import CIFAR10  # noqa: E402
-from networks import NETWORKS  # noqa: E402
-from report import report  # noqa: E402
-from runs import BEST, REFERENCE  # noqa: E402
+from cifar10 import Classifier
+from data import CIFAR10
+from networks import NETWORKS
+from report import report
+from runs import BEST, BEST_FILE, REFERENCE
 
-import slimnets  # noqa: E402
-from slimnets.distillation.teacher import load_weights  # noqa: E402
-
-FILE = FOLDER / f"{BEST.network}.safetensors"
+import slimnets
+from slimnets.distillation.teacher import load_weights
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     dense = NETWORKS[REFERENCE.network]()
     load_weights(dense, options.reference)
-    compressed = slimnets.load(FILE, NETWORKS[BEST.network]())
+    compressed = slimnets.load(BEST_FILE, NETWORKS[BEST.network]())
     data = CIFAR10(options.data_dir, batch_size=500, held_out=0)
     data.prepare_data()
     data.setup("test")
@@ -73,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
             slimnets.accelerate(compressed, images),
             images,
             accuracies=(accuracies[0], accuracies[1]),
-            files=(pickled, FILE),
+            files=(pickled, BEST_FILE),
         )
 
 
