@@ -20,16 +20,19 @@ from pathlib import Path
 import lightning as L
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # the other examples
+FOLDER = Path(__file__).parent
+sys.path.append(str(FOLDER.parent))  # the other examples
 
-from cifar10 import Classifier
-from data import CIFAR10
-from networks import NETWORKS
-from report import report
-from runs import BEST, BEST_FILE, REFERENCE
+from cifar10 import Classifier  # noqa: E402
+from data import CIFAR10  # noqa: E402
+from networks import NETWORKS  # noqa: E402
+from report import report  # noqa: E402
+from runs import BEST, REFERENCE  # noqa: E402
 
-import slimnets
-from slimnets.distillation.teacher import load_weights
+import slimnets  # noqa: E402
+from slimnets.distillation.teacher import load_weights  # noqa: E402
+
+FILE = FOLDER / f"{BEST.network}.safetensors"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     dense = NETWORKS[REFERENCE.network]()
     load_weights(dense, options.reference)
-    compressed = slimnets.load(BEST_FILE, NETWORKS[BEST.network]())
+    compressed = slimnets.load(FILE, NETWORKS[BEST.network]())
     data = CIFAR10(options.data_dir, batch_size=500, held_out=0)
     data.prepare_data()
     data.setup("test")
@@ -70,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
             slimnets.accelerate(compressed, images),
             images,
             accuracies=(accuracies[0], accuracies[1]),
-            files=(pickled, BEST_FILE),
+            files=(pickled, FILE),
         )
 
 

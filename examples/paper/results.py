@@ -67,7 +67,7 @@ def faster(results: Results, batch: int) -> Cell:
 def table(results: Results, runs: Iterable[Run], columns: dict[str, Cell]) -> str:
     """One row for the reference and each run that there is; "" if no method was applied in any."""
     runs = list(runs)
-    if not any(results.of(run) for run in runs if run.sparsity or run.rank or run.is_taught):
+    if not any(results.of(run) for run in runs if run.sparsity or run.rank or run.distilled):
         return ""
     lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for run in dict.fromkeys([REFERENCE, *runs]):
@@ -171,10 +171,9 @@ compared with it. Everything is relative to it, and `vgg19` teaches the runs tha
   by low-rank pairs of 0.3 of their full rank; `spatialpaper`: of the paper's ranks.
   `gradual75global`: 75 % of all weights together, not of each layer. `gradualtapered`: fewer zeros
   in early layers (`TAPERED` in `examples/paper/runs.py`). `distilled2`, `distilled3`: taught by one
-  or two more networks, too (`LARGE`, `BESIDE` there). `assisted`: taught not by the reference, but
-  by the network that is kept here, which is asked at every step. What is pruned twice to the same
-  share keeps its zeros, and is only trained on, as is a factorized network that is distilled once
-  more (`again` there).
+  or two more networks, too (`LARGE`, `BESIDE` there). What is pruned twice to the same share keeps
+  its zeros, and is only trained on, as is a factorized network that is distilled once more (`again`
+  there).
 - `accuracy` is that after the last epoch, mean ± standard deviation over seeds, in per cent;
   `of dense` is its share of the reference's. `epochs` include those of the network that a run goes
   on with; where they are more than the reference's, they are marked with *. `vgg19-then-dense` is

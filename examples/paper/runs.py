@@ -4,7 +4,6 @@ Adds nothing to the library: a run is a Trainer with callbacks, as in ``examples
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 Decomposition = Literal["spatial", "channel"]
@@ -26,9 +25,6 @@ class Run:
         rank: As in ``--rank`` of ``cifar10.py``: a fraction of the full rank, "paper", or None.
         decomposition: Which way convolutions are taken apart.
         distilled: Whether the reference teaches it.
-        assisted: Whether the network that is kept here (:data:`BEST`) teaches it instead, asked
-            at every step: a small network may learn more from one that is nearer to it (Mirzadeh et
-            al. 2019, arXiv 1902.03393).
         beside: Runs that teach it together with the reference, by the mean of all logits
             (Hinton, Vinyals and Dean 2015, arXiv 1503.02531, distil an ensemble).
     """
@@ -41,7 +37,6 @@ class Run:
     rank: str | float | None = None
     decomposition: Decomposition = "spatial"
     distilled: bool = False
-    assisted: bool = False
     beside: "tuple[Run, ...]" = ()
 
     @property
@@ -56,18 +51,11 @@ class Run:
             parts.append(f"{self.decomposition}{self.rank}")
         if self.distilled:
             parts.append(f"distilled{len(self.teachers) if self.beside else ''}")
-        if self.assisted:
-            parts.append("assisted")
         return "-".join([*parts, "dense"] if parts[-1] == "then" else parts)
 
     @property
-    def is_taught(self) -> bool:
-        """Whether it has a teacher of any kind."""
-        return self.distilled or self.assisted
-
-    @property
     def teachers(self) -> "tuple[Run, ...]":
-        """The runs that teach it."""
+        """All that teach it."""
         return (REFERENCE, *self.beside) if self.distilled else ()
 
     @property
@@ -148,9 +136,6 @@ BY_ALL = replace(WIDER, sparsity="tapered-more", beside=BESIDE)
 BEST = BY_ALL
 """The combination that is compared with the paper's, and whose file is kept here."""
 
-BEST_FILE = Path(__file__).parent / f"{BEST.network}.safetensors"
-"""That file, of int6."""
-
 LARGE = (Run("resnet10"),)
 """Who teaches beside the reference where a GPU trains: a network that learns better than it."""
 
@@ -162,9 +147,6 @@ COMBINED = (BEST, BY_TWO)
 
 SMALL = Run("cnn-1k")
 """A network that a CPU trains in minutes, pruned and factorized in the same ways."""
-
-ASSISTED = Run("cnn-1k", assisted=True)
-"""The student that learns no more from the reference than from labels alone."""
 
 RANKS = (0.1, 0.2, 0.4)
 
@@ -277,10 +259,7 @@ TABLES: dict[str, list[Run]] = {
         *factorizations(REFERENCE),
     ],
     "low-rank-cnn": factorizations(SMALL),
-    "students": [
-        *(Run(name, distilled=taught) for name in STUDENTS for taught in (False, True)),
-        ASSISTED,
-    ],
+    "students": [Run(name, distilled=taught) for name in STUDENTS for taught in (False, True)],
     "methods": [
         trained_on(REFERENCE),
         pruned(0.75),

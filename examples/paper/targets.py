@@ -5,7 +5,6 @@ import statistics
 
 from figures import Figures, Results, accuracies, mean, speed
 from runs import (
-    ASSISTED,
     COMBINED,
     FACTORIZED_BY_THREE,
     FACTORIZED_BY_TWO,
@@ -86,8 +85,7 @@ def targets(results: Results) -> str:
         ("", "to reach", "here", "epochs, seeds", "missing"),
         ("---",) * 5,
         *(_of_methods(results, *target) for target in TARGETS),
-        *(_of_student(results, Run(name, distilled=True), "distilled") for name in STUDENTS),
-        *([_of_student(results, ASSISTED, "assisted")] if results.of(ASSISTED) else []),
+        *(_of_student(results, name) for name in STUDENTS),
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -114,9 +112,9 @@ def _of_methods(
     )
 
 
-def _of_student(results: Results, run: Run, how: str) -> tuple[str, ...]:
-    title, wanted = f"{run.network}, {how} against alone", "above 0 points, beyond the spread"
-    alone, taught = results.of(Run(run.network)), results.of(run)
+def _of_student(results: Results, name: str) -> tuple[str, ...]:
+    title, wanted = f"{name}, distilled against alone", "above 0 points, beyond the spread"
+    alone, taught = (results.of(Run(name, distilled=d)) for d in (False, True))
     if not (alone and taught):
         return title, wanted, "not trained", "-", "all"
     gain = 100 * (mean(accuracies(taught)) - mean(accuracies(alone)))

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from measure import accuracy, measured, write
 from networks import NETWORKS, PAPER_RANKS
 from provenance import recorded, unlike
-from runs import BEST, BEST_FILE, DISTILLATION, KEPT, REFERENCE, TAPERED, Run
+from runs import DISTILLATION, KEPT, REFERENCE, TAPERED, Run
 from settings import Settings
 from shared import machine
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def result(run: Run, seed: int, settings: Settings) -> dict[str, Any]:
         "seed": seed,
         "epochs": before + settings.epochs_of(run),  # all that its weights have seen
         "learning_rate": settings.learning_rate_of(run),
-        "distillation": DISTILLATION if run.is_taught else None,
+        "distillation": DISTILLATION if run.distilled else None,
         "settings": recorded(settings),
         "accuracies": history,
         **measured(run, network, path.with_suffix(".safetensors"), set_up(settings), settings),
@@ -114,8 +114,6 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
         load_weights(network, settings.reference)
         return network, []
     teachers = [trained(one, seed, settings) for one in run.teachers]
-    if run.assisted:
-        teachers = [assistant(settings.batch_size)]
     begun = trained(run.of, seed, settings) if run.of else None
     L.seed_everything(seed, verbose=False)
     network = NETWORKS[run.network]() if begun is None else begun
@@ -146,12 +144,6 @@ def train(run: Run, seed: int, settings: Settings) -> tuple[nn.Module, list[floa
     )
     trainer.fit(module, data, ckpt_path=last_checkpoint(checkpoints), weights_only=True)
     return module.network if isinstance(module, Classifier) else module.student, history.accuracies
-
-
-def assistant(batch_size: int) -> nn.Module:
-    """The network that is kept here, as fast as a CPU computes it."""
-    network = slimnets.load(BEST_FILE, NETWORKS[BEST.network]())
-    return slimnets.accelerate(network, torch.randn(batch_size, 3, 32, 32))
 
 
 def one_cycle(learning_rate: float, steps: int) -> Callable[..., dict[str, Any]]:

@@ -37,7 +37,6 @@ result(Run("cnn-1k", of=taught, sparsity=0.75, rank=0.5, distilled=True), 1, set
 result(Run("cnn-1k", distilled=True, beside=(taught,)), 1, settings)
 result(Run("snn-1k", distilled=True, beside=(taught,)), 1, replace(settings, answers=0))
 result(Run("cnn-1k"), 0, settings)
-result(Run("cnn-1k", assisted=True), 0, replace(settings, answers=0))
 results.main(["--folder", str(folder), "--out", "docs"])
 """
 INTERRUPTED = """
@@ -230,7 +229,6 @@ def test_runs_and_their_page(tmp_path: Path, images: Path) -> None:
     assert set(found) == {
         "vgg19-seed0.json",
         "cnn-1k-seed0.json",
-        "cnn-1k-assisted-seed0.json",
         "cnn-1k-distilled-seed1.json",
         "cnn-1k-distilled2-seed1.json",
         "snn-1k-distilled2-seed1.json",
@@ -239,7 +237,6 @@ def test_runs_and_their_page(tmp_path: Path, images: Path) -> None:
     assert {name: one["epochs"] for name, one in found.items()} == {
         "vgg19-seed0.json": 7,
         "cnn-1k-seed0.json": 2,
-        "cnn-1k-assisted-seed0.json": 2,
         "cnn-1k-distilled-seed1.json": 2,
         "cnn-1k-distilled2-seed1.json": 2,
         "snn-1k-distilled2-seed1.json": 2,

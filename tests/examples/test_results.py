@@ -97,7 +97,6 @@ def test_the_page(tmp_path: Path) -> None:
         if seed < 2:
             write(tmp_path, "cnn-1k", alone, seed)
             write(tmp_path, "cnn-1k-distilled", taught, seed)
-            write(tmp_path, "cnn-1k-assisted", taught + 0.01, seed, answers=0)
     write(tmp_path, "cnn-1k-distilled-then-gradual75-distilled", 0.5, epochs=14, speed=7)
     assert results(tmp_path) == [str(tmp_path / "results.md")]
     page = (tmp_path / "results.md").read_text()
@@ -111,8 +110,6 @@ def test_the_page(tmp_path: Path) -> None:
         "Those marked † were measured on another with AVX2, torch 2.",
         "| +3.33 points (by seed: +4.00, +3.00, +3.00), spread 1.00 | 10, 3 | nothing |",
         "| +3.50 points (by seed: +4.00, +3.00) | 10, 2 | more seeds |",
-        "| cnn-1k, assisted against alone | above 0 points, beyond the spread "
-        "| +4.50 points (by seed: +5.00, +4.00) | 10, 2 | more seeds |",
         "| nin, distilled against alone | above 0 points, beyond the spread | not trained | - |",
         "the goal: resnet10-medium-gradualtapered-more-distilled3, int6 | 500 times fewer bytes, "
         "99 % of the accuracy, 20 times as fast at batch 1, 10 times as fast at batch 64 | 320 ",
@@ -130,7 +127,6 @@ def test_the_page(tmp_path: Path) -> None:
         assert line in page
     commands = page[page.index("## Commands") :]
     assert commands.index("--only cnn-1k --") < commands.index("--only cnn-1k-distilled --")
-    assert "--only cnn-1k-assisted --device cpu --epochs 10" in commands  # no --answers
     assert commands.index("--only cnn-1k-distilled --") < commands.index("cnn-1k-distilled-then-")
     assert commands.index("resnet10-small-") < commands.index("-more-distilled3")  # its teacher
     pictures = [line for line in page.splitlines() if line.startswith("![")]
