@@ -170,6 +170,26 @@ def test_a_layer_that_is_held_outside_of_the_module_tree_is_left(hold):
     assert not found.asked
 
 
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_a_layer_whose_parameter_is_held_outside_of_the_module_tree_is_left(parameter):
+    def hold(net):  # as for an average of one's own, or a penalty
+        pair = getattr(net.first, parameter), getattr(net.second, parameter).detach()
+        vars(net).update(pairs=[pair])
+
+    found = rows(nn.Sequential(Holds(hold)), 4)
+    reason = "a parameter of it is also held in Holds.pairs, outside of the module tree"
+    assert found["0.first"].reason == reason
+    assert found["0.second"].rank == 4
+
+
+def test_what_optimizers_hold_is_no_reason_to_leave_a_layer():
+    class Own(torch.optim.SGD):
+        pass
+
+    net = nn.Sequential(Holds(lambda net: vars(net).update(own=Own(net.parameters(), 0.1))))
+    assert plan(net, 4).ranks == {"0.first": 4, "0.second": 4}
+
+
 def test_what_attributes_hold_besides_is_no_reason_to_leave_a_layer():
     def hold(net):
         net.first.register_forward_hook(print)

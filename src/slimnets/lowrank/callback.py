@@ -9,7 +9,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from slimnets.inspection.tensorboard import log_summary
@@ -26,6 +26,8 @@ from slimnets.lowrank.swap import (
     refuse_stale,
     resolve_at,
     swap,
+    values_of_frozen,
+    warn_of_averages,
 )
 from slimnets.trainer import (
     copy_averages_anew,
@@ -106,6 +108,7 @@ class LowRank(L.Callback):
         self._names: set[str] = set()
         self._ranks: dict[str, int] = {}
         self._originals: dict[str, nn.Module] = {}
+        self._frozen: dict[str, Tensor] = {}  # before `at`
         self._hook: RemovableHandle | None = None
 
     @property
@@ -225,6 +228,7 @@ class LowRank(L.Callback):
                 self._step = resolve_at(trainer, self._at)
             else:
                 warn_if_too_short(trainer, self._at, self._step)
+            self._frozen = values_of_frozen(compressed_network(pl_module))
         self._start = trainer.global_step
         self._log(trainer, pl_module)
 
@@ -235,6 +239,7 @@ class LowRank(L.Callback):
         if self._done or self._step is None or trainer.global_step < self._step:
             return
         todo = self._plan(pl_module)
+        warn_of_averages(todo.ranks, self._frozen, compressed_network(pl_module))
         swap(trainer, pl_module, paths_in(pl_module, todo.ranks), self._decomposition)
         self._done = True
         tell(todo, compressed_network(pl_module))
@@ -329,7 +334,7 @@ class LowRank(L.Callback):
         }
 
     def _release(self) -> None:
-        self._originals = {}
+        self._originals, self._frozen = {}, {}
         self._stop_following()
 
     def _follow(self, pl_module: L.LightningModule) -> None:

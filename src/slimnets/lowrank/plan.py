@@ -10,6 +10,7 @@ from typing import TypeAlias, cast
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from slimnets.layers import (
     Selector,
@@ -209,8 +210,10 @@ def _reason_to_leave(
         return "it has no weights"
     if id(layer) in inside:
         return inside[id(layer)]
-    if id(layer) in beside:
-        return f"it is also held in {beside[id(layer)]}, outside of the module tree"
+    for one in (layer, *layer.parameters()):
+        if id(one) in beside:
+            which = "it" if one is layer else "a parameter of it"
+            return f"{which} is also held in {beside[id(one)]}, outside of the module tree"
     for parameter in layer.parameters():
         if parameter.is_meta:
             return "it is on the meta device and has no values yet"
@@ -249,20 +252,21 @@ def _read_by_parents(model: nn.Module) -> dict[int, str]:
 
 
 def _beside_tree(model: nn.Module) -> dict[int, str]:
-    """Id of each module that is held outside of the module tree, and the attribute that holds it.
+    """Id of each module and parameter held outside of the module tree, and the attribute.
 
-    No pair would take its place there, so that what runs it would train nothing. A layer that is
-    compiled by itself is held so, too, by a method of it.
+    No pair would take its place there, so that what runs it would train nothing, and what averages
+    or penalizes it would do so to weights that are no longer the network's. A layer that is
+    compiled by itself is held so, too, by a method of it; what optimizers hold is seen to later.
     """
     held: dict[int, str] = {}
     for module in model.modules():
         # a Trainer has callbacks that hold layers, LowRank among them
-        own = {"_modules", "_trainer"}
+        own = {"_modules", "_parameters", "_trainer"}
         found = [(key, value) for key, value in vars(module).items() if key not in own]
         seen: set[int] = set()
         for key, value in found:  # grows by what containers hold
             one = value.__self__ if isinstance(value, MethodType) else value
-            if isinstance(one, nn.Module):
+            if isinstance(one, nn.Module | nn.Parameter):
                 if one is not module:
                     held.setdefault(id(one), f"{type(module).__name__}.{key}")
             elif id(one) not in seen and (inside := _inside(one)):
@@ -279,6 +283,8 @@ def _inside(one: object) -> Collection[object]:
         return one
     if isinstance(one, partial):
         return (one.func, *one.args, *one.keywords.values())
+    if isinstance(one, Optimizer):
+        return ()
     package = type(one).__module__.partition(".")[0]
     is_plain = hasattr(one, "__dict__") and package not in ("builtins", "torch", "lightning")
     return vars(one).values() if is_plain and not isinstance(one, type) else ()

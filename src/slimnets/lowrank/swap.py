@@ -2,12 +2,14 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
@@ -123,6 +125,42 @@ def refuse_stale(
             f"LowRank: weights of another structure were loaded into {', '.join(new)} after "
             f"{held[stale.pop()]} was made, which would go on with the weights before: load "
             "them before fit, in __init__ or in configure_model"
+        )
+
+
+def values_of_frozen(network: nn.Module) -> dict[str, Tensor]:
+    """Some values of the weight of each layer that no gradient changes, by its name."""
+    weights = {
+        name: getattr(layer, "weight", None) for name, layer in named_layers(network).items()
+    }
+    return {
+        name: weight.detach().flatten()[:100].clone()
+        for name, weight in weights.items()
+        if isinstance(weight, Tensor) and not weight.requires_grad and not weight.is_meta
+    }
+
+
+def warn_of_averages(
+    ranks: Collection[str], before: Mapping[str, Tensor], network: nn.Module
+) -> None:
+    """Warn of layers that something else than an optimizer changes, such as a mean teacher's.
+
+    Args:
+        ranks: The names of the layers that are replaced.
+        before: What :func:`values_of_frozen` gave when the run began.
+        network: The network of the layers.
+    """
+    moved = [
+        repr(name)
+        for name, now in values_of_frozen(network).items()
+        if name in ranks and name in before and not torch.equal(before[name], now)
+    ]
+    if moved:
+        rank_zero_warn(
+            f"LowRank(at=...) replaces {', '.join(moved)}, which no gradient changes and "
+            "something else does. If that is an average of other layers, averaging goes wrong from "
+            "here on, for the factors of an average are not the average of the factors: use "
+            "at=None, or WeightAveraging of Lightning"
         )
 
 
