@@ -3,6 +3,7 @@ import math
 from functools import partial
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -185,6 +186,31 @@ def test_dense_outputs_and_soft_labels(make_trainer) -> None:
         trainer.fit(module, DataLoader(TensorDataset(images, target), batch_size=4))
         assert math.isfinite(trainer.logged_metrics["train/loss"])
         assert ("train/student_accuracy" in trainer.logged_metrics) == (target is not probabilities)
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, 255])
+def test_what_a_target_ignores_is_neither_right_nor_wrong(make_trainer, ignored) -> None:
+    class Segmenter(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 1)
+
+        def forward(self, images):
+            return self.layer(images)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1], ignore_index=ignored)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    images, teacher = torch.randn(8, 3, 6, 6), nn.Conv2d(3, 4, 1)
+    target = teacher(images).argmax(1)  # always right
+    target[:, :3] = ignored
+    trainer = make_trainer(max_epochs=1)
+    data = DataLoader(TensorDataset(images, target), batch_size=4)
+    trainer.fit(DistillationModule(Segmenter(), teacher), data)
+    assert trainer.logged_metrics["train/teacher_accuracy"] == 1
 
 
 @pytest.mark.parametrize(

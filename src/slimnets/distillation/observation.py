@@ -209,7 +209,7 @@ def is_classes(target: Any, logits: Tensor) -> bool:
 
 
 def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    counted = target != -100  # which torch's cross entropy ignores, too
+    counted = (target >= 0) & (target < logits.shape[1])  # not -100, 255 and what else is ignored
     # to pick those out would have the GPU be waited for, at every step
     right = (logits.argmax(dim=1) == target) & counted
     return right.sum() / counted.sum().clamp(min=1)
