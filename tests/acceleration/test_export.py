@@ -188,6 +188,30 @@ class Centred(nn.Module):
         return self.layer(x)
 
 
+class Gathers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, inputs, images, scale):
+        parts, (bias, _) = inputs["parts"], inputs["more"]
+        return self.layer(parts) * scale + bias + sum(image.mean() for image in images)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_arguments_in_containers(tmp_path, batch):
+    def arguments(batch):
+        inputs = {"parts": torch.randn(batch, 4), "more": (torch.randn(batch, 3), None)}
+        return inputs, [torch.randn(1, 5, 5), torch.randn(1, 4, 4)], 2.0
+
+    network = Gathers()
+    path = export(network, arguments(batch), tmp_path / "network.pt2")
+    loaded = torch.export.load(path).module()
+    for size in (batch, 5):
+        inputs = arguments(size)
+        torch.testing.assert_close(loaded(*inputs), network(*inputs))
+
+
 def test_the_example_is_left_as_it_was(tmp_path):
     x = torch.randn(3, 4)
     before = x.clone()

@@ -1,6 +1,7 @@
 """The compressed network for other runtimes."""
 
 import warnings
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from slimnets.acceleration.attention import traceable
 from slimnets.acceleration.prepare import (
@@ -15,6 +17,7 @@ from slimnets.acceleration.prepare import (
     copy_for_inference,
     graph_of,
     positional,
+    same_draws,
     same_results,
     simplify,
 )
@@ -69,7 +72,8 @@ def simplified(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
     original = copy_for_inference(model)
     original(*copied(example))  # what is made at the first run is there at the next
     versions = versions_of(original)
-    expected = original(*copied(example))
+    with same_draws():
+        expected = original(*copied(example))
     if versions != versions_of(original):  # the file has to begin where the model stands
         return copy_for_inference(model)
     graph = graph_of(traceable(original), example, expected)
@@ -81,20 +85,20 @@ def simplified(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
 
 def _at_least_two(example: tuple[Any, ...]) -> tuple[Any, ...]:
     # torch.export takes a dimension of one for a constant
-    return tuple(
-        torch.cat([value, value]) if is_batch and len(value) == 1 else value
-        for value, is_batch in zip(example, _are_batches(example), strict=True)
+    return _of_batches(
+        example, lambda batch: torch.cat([batch, batch]) if len(batch) == 1 else batch, lambda x: x
     )
 
 
 def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
     mobile = path.suffix == ".pte"
     any_size = torch.export.Dim.AUTO
-    free = tuple(
+
+    def sizes(batch: Tensor) -> Any:
         # ExecuTorch plans its memory ahead
-        {0: any_size(min=1, max=len(value)) if mobile else any_size} if is_batch else None
-        for value, is_batch in zip(example, _are_batches(example), strict=True)
-    )
+        return {0: any_size(min=1, max=len(batch)) if mobile else any_size}
+
+    free = _of_batches(example, sizes, lambda _: None)
     with warnings.catch_warnings():  # the exporters' own, about versions to come
         warnings.simplefilter("ignore")
         program = torch.export.export(network, example, dynamic_shapes=free)
@@ -106,7 +110,20 @@ def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
             torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
 
 
-def _are_batches(example: tuple[Any, ...]) -> list[bool]:
+def _of_batches(
+    example: tuple[Any, ...], of_batch: Callable[[Tensor], Any], of_others: Callable[[Any], Any]
+) -> tuple[Any, ...]:
+    """``example`` with something else in the place of each batch, and of all else."""
+    # a list, as of images to a detector, is a batch itself
+    leaves, structure = tree_flatten(example, is_leaf=lambda one: isinstance(one, list))
+    found = [
+        of_batch(leaf) if is_batch else tree_map(of_others, leaf)
+        for leaf, is_batch in zip(leaves, _are_batches(leaves), strict=True)
+    ]
+    return tree_unflatten(found, structure)  # type: ignore[no-any-return]
+
+
+def _are_batches(example: Sequence[Any]) -> list[bool]:
     tensors = [value for value in example if isinstance(value, Tensor) and value.dim()]
     sizes = {len(value) for value in tensors if value.dim() > 1}
     batches = [
