@@ -19,6 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import slimnets
 from slimnets.acceleration.module import Accelerated, accelerate
+from slimnets.acceleration.prepare import graph_of, same_draws, simplify
 from slimnets.acceleration.trace import trace
 
 TOLERANCE = 1e-4
@@ -528,6 +529,76 @@ def test_every_generator_is_asked_anew(draw):
     x = torch.randn(2, 3, 8, 8)
     fast = accelerate(Chance(draw), x)
     assert not torch.equal(fast(x), fast(x))
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return nn.functional.dropout(y + torch.randn_like(y))
+
+
+@torch.no_grad()
+def test_a_network_that_draws_random_numbers_is_compared_with_the_same_ones():
+    network, x = Noisy().eval(), torch.randn(2, 3, 8, 8)
+    state = torch.get_rng_state()
+    with same_draws():
+        expected = network(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    graph = graph_of(network, (x,), expected)
+    assert graph is not None
+    assert not torch.equal(graph(x), graph(x))
+    assert accelerate(network, x).report.note != NOTHING_IS_THE_SAME
+
+
+NOTHING_IS_THE_SAME = "Nothing that was tried computes the same: the network stays as it is."
+
+
+@torch.no_grad()
+def test_results_keep_their_type():
+    class Segments(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body()
+
+        def forward(self, x):
+            features = OrderedDict(low=x, high=self.body(x))
+            return OrderedDict(out=features["high"] * 2, aux=OrderedDict(features))
+
+    network, x = prune(Segments(), 0.98), torch.randn(2, 3, 16, 16)
+    expected = network(x)
+    graph = graph_of(network, (x,), expected)
+    assert graph is not None
+    assert type(graph(x)) is type(graph(x)["aux"]) is OrderedDict
+    found = accelerate(network, x)(x)
+    assert list(found) == ["out", "aux"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_weight_that_is_read_by_hand_too_is_not_changed():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.norm = nn.Linear(8, 6), nn.BatchNorm1d(6)
+            self.narrow = nn.Linear(6, 6)
+
+        def forward(self, x):
+            hidden = self.narrow(self.norm(self.encode(x)).relu())
+            return nn.functional.linear(hidden, self.encode.weight.t())
+
+    network = prune(Tied(), 0.5)
+    nn.init.uniform_(network.norm.running_var, 0.5, 2.0)
+    network.encode.weight.data[2:4] = 0  # silent
+    x = torch.randn(5, 8)
+    expected = network(x)
+    graph = graph_of(network, (x,), expected)
+    assert graph is not None
+    simplify(graph, (x,))
+    torch.testing.assert_close(graph(x), expected)
 
 
 def test_the_input_is_left_as_it_was():

@@ -1,19 +1,17 @@
 """Batch norm of a traced network, put into the weights before it."""
 
+from collections import Counter
 from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from slimnets.acceleration.nodes import is_plain, is_unaltered, module_of
+from slimnets.acceleration.nodes import is_plain, is_unaltered, layer_of, module_of
 
 
 def fold_batch_norm(traced: fx.GraphModule) -> None:
     """Put every batch norm that follows a convolution or linear layer into its weights."""
-    uses: dict[str, int] = {}
-    for node in traced.graph.nodes:
-        if node.op == "call_module":
-            uses[node.target] = uses.get(node.target, 0) + 1
+    uses = Counter(layer_of(node) for node in traced.graph.nodes)
     for node in list(traced.graph.nodes):
         norm = module_of(node)
         if norm is None or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
@@ -24,7 +22,7 @@ def fold_batch_norm(traced: fx.GraphModule) -> None:
         if not isinstance(source, fx.Node) or len(source.users) > 1:
             continue
         layer = module_of(source)
-        if uses.get(str(source.target), 0) != 1 or not is_plain(layer):
+        if uses[str(source.target)] != 1 or not is_plain(layer):
             continue
         if isinstance(layer, nn.Linear) and len(source.meta["shape"]) != 2:
             continue  # the channels of the norm are the second dimension, not the last

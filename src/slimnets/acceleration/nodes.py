@@ -26,6 +26,13 @@ def module_of(node: fx.Node) -> nn.Module | None:
     return owner.get_submodule(str(node.target))
 
 
+def layer_of(node: fx.Node) -> str:
+    """The name of the module that ``node`` calls, or reads a parameter of; "" if it does not."""
+    if node.op == "get_attr":
+        return str(node.target).rpartition(".")[0]
+    return str(node.target) if node.op == "call_module" else ""
+
+
 def is_plain(layer: nn.Module | None) -> bool:
     """Whether ``layer`` is a convolution or linear layer that computes nothing else."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)

@@ -2,12 +2,15 @@
 
 import copy
 import io
+import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, fx, nn
 
@@ -44,6 +47,16 @@ def copied(value: Any) -> Any:
     return apply_to_collection(value, Tensor, lambda one: one.detach().clone(), allow_frozen=True)
 
 
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Draw the same random numbers each time, and none of those that are drawn outside."""
+    with isolate_rng(include_cuda=False):
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        yield
+
+
 def copy_for_inference(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose parameters need no gradient."""
     memo: dict[int, Any] = {id(getattr(model, "_trainer", None)): None}  # a copy has no Trainer
@@ -73,9 +86,9 @@ def graph_of(network: nn.Module, example: tuple[Any, ...], expected: Any) -> fx.
 
 def _agree(graph: fx.GraphModule, network: nn.Module, inputs: tuple[Any, ...]) -> bool:
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), same_draws():
             expected = network(*copied(inputs))
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), same_draws():
             found = graph(*copied(inputs))
     except Exception:  # such inputs are not for this network, or the graph leaves them to it
         return True
@@ -127,7 +140,8 @@ def simplify(
 def same_results(variant: Callable[..., Any], example: tuple[Any, ...], expected: Any) -> bool:
     """Whether ``variant`` computes what was ``expected`` of ``example``, up to rounding."""
     try:
-        with redirect_stderr(io.StringIO()):  # torch.fx prints what went wrong before it raises
+        # torch.fx prints what went wrong before it raises
+        with redirect_stderr(io.StringIO()), same_draws():
             return _close(variant(*copied(example)), expected)
     except Exception:
         return False

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from slimnets.acceleration.lower import LIMITS
-from slimnets.acceleration.nodes import is_plain, is_unaltered, module_of
+from slimnets.acceleration.nodes import is_plain, is_unaltered, layer_of, module_of
 
 PASSING = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
 """Modules that give a constant channel as it is, and keep the order of channels."""
@@ -41,8 +41,8 @@ def _layer(node: fx.Node) -> nn.Conv2d | nn.Linear | None:
     layer = module_of(node)
     if not isinstance(layer, nn.Conv2d | nn.Linear) or not is_plain(layer):
         return None
-    calls = [n for n in node.graph.nodes if n.target == node.target]
-    return layer if len(calls) == 1 and getattr(layer, "groups", 1) == 1 else None
+    uses = [n for n in node.graph.nodes if layer_of(n) == node.target]
+    return layer if len(uses) == 1 and getattr(layer, "groups", 1) == 1 else None
 
 
 def _follower(node: fx.Node) -> tuple[fx.Node, list[tuple[float, float]]] | None:
