@@ -9,7 +9,6 @@ from typing import TypeAlias, cast
 
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from slimnets.layers import (
@@ -234,7 +233,9 @@ def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
 
 def _place(parameter: nn.Parameter) -> int:
     """Where its values are: those of another, transposed, are at the same place (decoders)."""
-    return 0 if is_lazy(parameter) else parameter.data_ptr()
+    # lazy ones and subclasses may have no such place, and on some devices it is 0
+    is_plain = type(parameter) is nn.Parameter
+    return (is_plain and parameter.data_ptr()) or id(parameter)
 
 
 def _read_by_parents(model: nn.Module) -> dict[int, str]:
