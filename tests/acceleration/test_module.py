@@ -579,6 +579,26 @@ def test_results_keep_their_type():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("given", [(), (2.0,), (2.0, (3, 2))])
+def test_defaults_that_are_containers(given):
+    class Pools(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body()
+
+        def forward(self, x, scale=0.5, size=(2, 2), tasks=("sum", "mean")):
+            y = nn.functional.adaptive_avg_pool2d(self.body(x) * scale, size)
+            return {"y": y, **{task: getattr(y, task)((2, 3)) for task in tasks}}
+
+    network, x = prune(Pools(), 0.98), torch.randn(2, 3, 16, 16)
+    expected = network(x, *given)
+    assert graph_of(network, (x, *given), expected) is not None
+    fast = accelerate(network, (x, *given))
+    torch.testing.assert_close(fast(x, *given), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast(x, 3.0, (4, 4)), network(x, 3.0, (4, 4)))
+
+
+@torch.no_grad()
 def test_a_weight_that_is_read_by_hand_too_is_not_changed():
     class Tied(nn.Module):
         def __init__(self):

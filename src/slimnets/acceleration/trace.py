@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_unflatten
 
 from slimnets.acceleration.nodes import has_hooks, is_plain
 from slimnets.acceleration.views import flatten_views, order_in_place
@@ -88,6 +90,7 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
         before = _state_of(model)
         try:
             graph, kept = _traced(model, fixed)
+            _take_in_order(graph)
         except Exception:
             return None
         if kept or before != _state_of(model):
@@ -114,6 +117,18 @@ def _traced(model: nn.Module, fixed: dict[str, Any]) -> tuple[fx.Graph, bool]:
     if any(one() is not None for one in made):
         gc.collect()  # a failure within a module holds values in a circle
     return graph, any(one() is not None for one in made)
+
+
+def _take_in_order(graph: fx.Graph) -> None:
+    """Have ``graph`` take arguments and give results as they are.
+
+    Where a default is a container, torch.fx makes a graph that takes all of them flattened.
+    """
+    flattened = getattr(graph._codegen, "pytree_info", None)
+    if flattened is not None:
+        (output,) = (node for node in graph.nodes if node.op == "output")
+        output.args = (tree_unflatten(output.args[0], flattened.out_spec),)
+        graph.set_codegen(CodeGen())
 
 
 def _is_called_as_a_module(model: nn.Module) -> bool:
