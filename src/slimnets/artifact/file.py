@@ -16,6 +16,7 @@ from slimnets.layers import compressed_network, paths_in, replace
 from slimnets.lowrank.modules import restructure
 
 _COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as floats of so many bytes
 _MANY = 0.01  # share of negative zeros that is worth a warning
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -212,7 +213,8 @@ def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def _warn_of_negative_zeros(path: PathLike, state: Mapping[str, torch.Tensor]) -> None:
     floats = [t for t in state.values() if t.is_floating_point() and t.itemsize > 1]
-    negative = sum(int(((t == 0) & t.signbit()).sum()) for t in floats)
+    integers = [t.view(_INTEGERS[t.itemsize]) for t in floats]  # the sign alone is the least
+    negative = sum(int((t == torch.iinfo(t.dtype).min).count_nonzero()) for t in integers)
     if negative > _MANY * sum(t.numel() for t in floats):
         rank_zero_warn(
             f"{path}: {negative:,} zeros are negative, as weights times a mask have them, and kept "

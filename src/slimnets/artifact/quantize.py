@@ -47,20 +47,35 @@ def quantize(
         return None
     most = 2 ** (bits - 1) - 1
     codes = ((largest / (most + 0.5)).numpy().view(np.uint32) >> _MANTISSA_CUT).astype(np.int64) + 1
-    smallest = codes
-    for more in range(1, _REACH + 1):
-        scale = _scales(smallest + more, channel_dim, values.dim())
-        restored = ((values / scale).round_() * scale).to(tensor.dtype)
-        codes = np.where((restored == tensor).all(others).numpy(), smallest + more, codes)
+    codes = _of_multiples(tensor.movedim(channel_dim, 0).flatten(1), largest, codes)
     base = int(codes[live].min())
     codes = np.where(live, codes - base, 0)
     if codes.max() > 255:
         return None
+    flat = _scales(codes + base, 0, 1)
+    if not ((largest / flat).round_().clamp_(max=most) * flat).to(tensor.dtype).isfinite().all():
+        return None
     scale = _scales(codes + base, channel_dim, values.dim())
     multiples = (values / scale).round_().clamp_(-most, most)
-    if not (multiples * scale).to(tensor.dtype).isfinite().all():
-        return None
     return multiples.to(torch.int8), base, codes.astype(np.uint8)
+
+
+def _of_multiples(
+    rows: torch.Tensor, largest: torch.Tensor, codes: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """``codes`` with the largest scale within reach of which all values of a row are multiples."""
+    found, largest = codes.copy(), largest.to(rows.dtype)[:, None]
+    for more in range(1, _REACH + 1):
+        scale = _scales(codes + more, 0, 2)
+        left = _are_multiples(largest, scale).nonzero().flatten()  # which is none, as a rule
+        left = left[_are_multiples(rows[left], scale[left])]
+        found[left.numpy()] = codes[left.numpy()] + more
+    return found
+
+
+def _are_multiples(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    restored = (rows.float() / scale).round_() * scale
+    return (restored.to(rows.dtype) == rows).all(1)
 
 
 def dequantize(
