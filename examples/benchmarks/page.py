@@ -25,9 +25,8 @@ HEAD = """# Benchmarks
 
 Made by `python examples/benchmarks/page.py` of the figures in [{folder}/]({folder}), which the
 commands below write (`pip install ".[benchmarks]"`). Times are ratios of what was measured in
-turn, in one run. The speed of VGG-19 is of the kernels as they are; the rest was measured before
-there was a dense kernel, the file and training before that. Each section ends with the machine and
-the versions that it was measured with.
+turn, in one run, with the kernels as they are. Each section ends with the machine and the versions
+that it was measured with.
 """
 
 FILE = """## The file
@@ -54,7 +53,7 @@ python examples/benchmarks/training_cost.py --rounds 8 --out docs/benchmarks
 
 VGG-19, batch {batch}. Steps are those of Lightning Trainers that take turns step by step.
 Lightning's `ModelPruning` prunes by `torch.nn.utils.prune`. Factorizing is checked to have the
-error of the full SVD within 1 %. On this machine a step varies by some 10 % from one to the next,
+error of the full SVD within 1 %. On this machine a step varies by some 20 % from one to the next,
 so the ratios of whole steps say no more than that; *masks of GradualPrune* is nearly all that it
 adds to a step, timed within that step.
 """
