@@ -13,16 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from workload import (
-    Work,
-    convolutions,
-    full_svd,
-    gradual,
-    lightnings,
-    prune_globally,
-    quiet,
-    torch_globally,
-)
+from workload import Work, full_svd, gradual, lightnings, prune_globally, quiet, torch_globally
 
 from slimnets.lowrank.decompose import factors
 
@@ -49,12 +40,8 @@ def peaks(work: Work) -> dict[str, Callable[[], object]]:
         "no mask update": lambda: work.network(),
         "mask update, global": lambda: prune_globally(work.network()),
         "prune.global_unstructured": lambda: torch_globally(work.network()),
-        "factorize": lambda: [
-            factors(*pair) for pair in zip(convolutions(work.network()), work.ranks(), strict=True)
-        ],
-        "full SVD per layer": lambda: [
-            full_svd(*pair) for pair in zip(convolutions(work.network()), work.ranks(), strict=True)
-        ],
+        "factorize": lambda: work.factorized(factors),
+        "full SVD per layer": lambda: work.factorized(full_svd),
     }
 
 

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from turns import Row, Turns, compare, in_turn, rows_of, timed
 from workload import (
     Work,
-    convolutions,
     full_svd,
     gradual,
     lightnings,
@@ -115,7 +114,7 @@ def updates(work: Work, sizes: list[int], rounds: int) -> list[Row]:
 
 def factorizing(work: Work, rounds: int) -> list[Row]:
     """The paper's ranks against a full SVD of every layer."""
-    pairs = list(zip(convolutions(work.network()), work.ranks(), strict=True))
+    pairs = work.convolutions()
     for weight, rank in pairs:
         (first, second), (left, right) = factors(weight, rank), full_svd(weight, rank)
         own = (weight - torch.einsum("nk...,kc...->nc...", second, first)).norm()

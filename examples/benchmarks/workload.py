@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import torch
@@ -114,9 +115,15 @@ class Work:
         trainer = L.Trainer(max_epochs=2, callbacks=own, **QUIET)  # type: ignore[arg-type]
         trainer.fit(module(), DataLoader(data, self.batch))
 
-    def ranks(self) -> list[int]:
-        """The paper's, as far as the network is as wide."""
-        return [max(1, round(rank * self.width)) for rank in PAPER_RANKS.values()]
+    def factorized(self, factors: Callable[[Tensor, int], Any]) -> list[Any]:
+        """What ``factors`` makes of every convolution."""
+        return [factors(weight, rank) for weight, rank in self.convolutions()]
+
+    def convolutions(self) -> list[tuple[Tensor, int]]:
+        """The weight of each, and the paper's rank, as far as the network is as wide."""
+        layers = [one for one in self.network().modules() if isinstance(one, nn.Conv2d)]
+        ranks = [max(1, round(rank * self.width)) for rank in PAPER_RANKS.values()]
+        return [(one.weight.detach(), rank) for one, rank in zip(layers, ranks, strict=True)]
 
 
 def prune_globally(network: nn.Module) -> None:
@@ -137,8 +144,3 @@ def full_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(as_matrix(weight), full_matrices=False)
     root = s[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * vh[:rank]
-
-
-def convolutions(network: nn.Module) -> list[Tensor]:
-    """The weights of all convolutions."""
-    return [m.weight.detach() for m in network.modules() if isinstance(m, nn.Conv2d)]

@@ -52,10 +52,10 @@ def quantize(
     codes = np.where(live, codes - base, 0)
     if codes.max() > 255:
         return None
-    flat = _scales(codes + base, 0, 1)
+    scale = _scales(codes + base, channel_dim, values.dim())
+    flat = scale.flatten()
     if not ((largest / flat).round_().clamp_(max=most) * flat).to(tensor.dtype).isfinite().all():
         return None
-    scale = _scales(codes + base, channel_dim, values.dim())
     multiples = (values / scale).round_().clamp_(-most, most)
     return multiples.to(torch.int8), base, codes.astype(np.uint8)
 

@@ -141,19 +141,19 @@ def values_of_frozen(network: nn.Module) -> dict[str, Tensor]:
 
 
 def warn_of_averages(
-    ranks: Collection[str], before: Mapping[str, Tensor], network: nn.Module
+    names: Collection[str], before: Mapping[str, Tensor], network: nn.Module
 ) -> None:
     """Warn of layers that something else than an optimizer changes, such as a mean teacher's.
 
     Args:
-        ranks: The names of the layers that are replaced.
+        names: Of the layers that are replaced.
         before: What :func:`values_of_frozen` gave when the run began.
         network: The network of the layers.
     """
     moved = [
         repr(name)
         for name, now in values_of_frozen(network).items()
-        if name in ranks and name in before and not torch.equal(before[name], now)
+        if name in names and name in before and not torch.equal(before[name], now)
     ]
     if moved:
         rank_zero_warn(

@@ -69,7 +69,7 @@ def prunable_weights(
                 )
             if parameter.numel() and id(parameter) not in out:
                 out.add(id(parameter))
-                found[f"{name}.{key}" if name else key] = parameter
+                found[_path(name, key)] = parameter
     return found
 
 
@@ -92,8 +92,7 @@ def left_alone(network: nn.Module) -> dict[str, str]:
         if id(layer) in measuring:
             continue
         if computed := [key for key in _names_of(layer) if is_parametrized(layer, key)]:
-            which = [f"{name}.{key}".lstrip(".") for key in computed]
-            which = which if _weights_of(layer) else [name]
+            which = [_path(name, key) for key in computed] if _weights_of(layer) else [name]
             reasons |= dict.fromkeys(which, "its weight is computed from other parameters")
         elif any(id(weights) in embeddings for weights in _weights_of(layer).values()):
             reasons[name] = "its weight is that of an embedding"
@@ -101,11 +100,16 @@ def left_alone(network: nn.Module) -> dict[str, str]:
             kind = type(layer).__name__
             for key, parameter in layer.named_parameters(recurse=False):
                 if id(parameter) not in known and _is_matrix(f"{kind}.{key}", parameter):
-                    reasons[f"{name}.{key}" if name else key] = (
+                    reasons[_path(name, key)] = (
                         f"the type of its layer, {kind}, is not known (in an nn.Linear it would "
                         "be pruned)"
                     )
     return reasons
+
+
+def _path(layer: str, key: str) -> str:
+    """The name of a layer's parameter in the network; the root is called ""."""
+    return f"{layer}.{key}" if layer else key
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
