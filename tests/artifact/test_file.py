@@ -388,6 +388,16 @@ def test_a_file_of_another_network(path: Path, state: dict[str, Tensor], message
     assert_untouched(fresh, before)
 
 
+def test_a_file_of_a_network_that_is_a_part_of_the_model_or_has_it_as_one(path: Path) -> None:
+    whole = nn.ModuleDict({"net": Net()})
+    save(whole, path)
+    with pytest.raises(ArtifactError, match=r"file is in 'net': .*network='net'\)$"):
+        load(path, whole["net"])
+    save(whole["net"], path)
+    with pytest.raises(ArtifactError, match=r"model is in 'net': load into that part$"):
+        load(path, whole)
+
+
 def test_a_pair_that_cannot_come_from_the_layer(path: Path) -> None:
     network = Net()
     network[5] = LowRankPair(nn.Linear(99, 3, bias=False), nn.Linear(3, 10))

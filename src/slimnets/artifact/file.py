@@ -195,7 +195,21 @@ def _compare(
             wrong.append(f"{name!r} is {tuple(shape)} in the file, {tuple(own)} in the model")
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        if part := _only_part(shapes, names):
+            more += (
+                f"; all of the file is in {part!r}: save that part alone, or, of a checkpoint, "
+                f"convert_checkpoint(..., network={part!r})"
+            )
+        elif part := _only_part(names, shapes):
+            more += f"; all of the model is in {part!r}: load into that part"
         raise ArtifactError(f"does not fit the model: {'; '.join(wrong[:5])}{more}")
+
+
+def _only_part(names: Collection[str], inner: Collection[str]) -> str:
+    """The part that all ``names`` are in, if without it they are like ``inner``; otherwise ""."""
+    part, *others = {name.partition(".")[0] for name in names} or {""}
+    rest = {name.partition(".")[2] for name in names}
+    return "" if others or not rest & set(inner) or set(names) & set(inner) else part
 
 
 def _compare_ties(ties: Mapping[str, str], state: Mapping[str, torch.Tensor]) -> None:
