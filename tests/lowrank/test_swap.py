@@ -393,7 +393,11 @@ def test_resuming_with_another_at(make_trainer, tmp_path):
     record = Record()
     with pytest.warns(UserWarning, match=r"at=9,.* going on with LowRank\(r=2,.* at=11"):
         run(make_trainer, classifier(), [LowRank(2, at=11), record], 3, tmp_path / "6.ckpt")
-    assert [bool(found) for found in record.before] == [False] * 11 + [True]
+    assert [bool(found) for found in record.before] == [False] * 5 + [True] * 7
+    record = Record()
+    with pytest.warns(UserWarning, match=r"at=9,.* going on with LowRank\(r=2,.* at=0.5"):
+        run(make_trainer, classifier(), [LowRank(2, at=0.5), record], 3, tmp_path / "6.ckpt")
+    assert [bool(found) for found in record.before] == [False] * 3 + [True] * 9  # half of all 18
     with pytest.warns(UserWarning, match=r"keeps its structure; LowRank\(r=3,.* is not applied"):
         run(make_trainer, classifier(), [LowRank(3, at=9)], 3, tmp_path / "12.ckpt")
 

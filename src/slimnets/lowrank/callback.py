@@ -68,7 +68,7 @@ class LowRank(L.Callback):
             (name, layer); in YAML, globs.
         at: When to replace: after that many optimizer steps, if an int; at that fraction of the
             run in (0, 1), if a float. By default, before training. Steps are those of all
-            optimizers.
+            optimizers, from the beginning of a run that is resumed.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -102,8 +102,9 @@ class LowRank(L.Callback):
         self._energy = energy
         self._decomposition: Decomposition = decomposition
         self._step: int | None = None  # of `at`
+        self._begun: int | None = None  # trainer.global_step when the run began, before a resume
         self._done = False
-        self._start = 0  # trainer.global_step at the start of the run
+        self._start = 0  # trainer.global_step of this fit
         self._run = ""
         self._names: set[str] = set()
         self._ranks: dict[str, int] = {}
@@ -148,7 +149,7 @@ class LowRank(L.Callback):
                 "configure_model; the module's own setup runs after those of callbacks"
             )
         self._names, self._ranks = set(layers), {}
-        self._step, self._start = None, trainer.global_step
+        self._step, self._begun, self._start = None, None, trainer.global_step
         self._run = uuid4().hex
         if self._at is not None:
             check_run(trainer, self._at)
@@ -183,6 +184,7 @@ class LowRank(L.Callback):
             self._done = state.get("done", False)
             same_at = state.get("arguments", {}).get("at") == now["at"]
             self._step = state["step"] if same_at else None
+            self._begun = state.get("begun")
         is_dense = not self._ranks.keys() & pairs_of(compressed_network(pl_module)).keys()
         if not state and self._ranks and is_dense:
             raise ValueError(
@@ -223,9 +225,11 @@ class LowRank(L.Callback):
         """
         self._stop_following()  # the optimizers have the pairs: dense weights cannot go in now
         refuse_stale(trainer.optimizers, pl_module, self._originals)
+        if self._begun is None:
+            self._begun = trainer.global_step
         if self._at is not None and not self._done:
             if self._step is None:
-                self._step = resolve_at(trainer, self._at)
+                self._step = resolve_at(trainer, self._at, self._begun)
             else:
                 warn_if_too_short(trainer, self._at, self._step)
             self._frozen = values_of_frozen(compressed_network(pl_module))
@@ -297,11 +301,11 @@ class LowRank(L.Callback):
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """The arguments, to be compared on resume, the step of ``at``, and the run this is of.
+        """The arguments, to be compared on resume, the step of ``at``, and of which run this is.
 
         Ranks follow from the shapes of the weights.
         """
-        state = {"step": self._step, "done": self._done, "run": self._run}
+        state = {"step": self._step, "begun": self._begun, "done": self._done, "run": self._run}
         return {"arguments": self._arguments(), **state}
 
     def _put_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -65,15 +65,20 @@ def check_run(trainer: L.Trainer, at: int | float) -> None:
             )
 
 
-def resolve_at(trainer: L.Trainer, at: int | float) -> int:
+def resolve_at(trainer: L.Trainer, at: int | float, begun: int) -> int:
     """The optimizer step before which layers are replaced; ask in ``on_train_start``.
+
+    Args:
+        trainer: That of the run.
+        at: As the user gave it.
+        begun: The ``global_step`` that the run began with, before it was resumed.
 
     Raises:
         ValueError: If the run ends before, or its length is needed and not known.
     """
     if is_fast_dev_run(trainer):
         return trainer.global_step
-    length = remaining_steps(trainer)
+    length = trainer.global_step - begun + remaining_steps(trainer)
     if isinstance(at, float) and (math.isinf(length) or has_time_limit(trainer)):
         raise ValueError(
             f"at={at!r} is a fraction of the run, but the number of optimizer steps of this run "
@@ -88,7 +93,7 @@ def resolve_at(trainer: L.Trainer, at: int | float) -> int:
         )
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise ValueError(f"at={at!r}: LBFGS keeps one state for all parameters; use at=None")
-    return trainer.global_step + step
+    return begun + step
 
 
 def refuse_stale(
