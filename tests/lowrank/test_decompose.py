@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimnets.lowrank import decompose
 from slimnets.lowrank.decompose import (
@@ -144,6 +145,27 @@ def test_it_ignores_autocast_and_reduced_precision_and_puts_them_back():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_it_ignores_reduced_precision_that_was_asked_for_by_the_newer_api():
+    backend, seen = torch.backends.cuda.matmul, []
+    if not hasattr(backend, "fp32_precision"):
+        pytest.skip("this torch has the older API only")
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.mm.default:
+                seen.append(backend.fp32_precision)
+            return function(*args, **(kwargs or {}))
+
+    before, backend.fp32_precision = backend.fp32_precision, "tf32"
+    try:
+        with Watch():
+            truncated_svd(torch.randn(300, 300), 20)
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before
+    assert set(seen) == {"ieee"}
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal, TypeAlias
 
 import torch
@@ -181,15 +181,15 @@ def _first_kernel(shape: torch.Size, decomposition: Decomposition) -> torch.Size
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, and no TF32 or bf16 in matrix products, which Lightning advises to turn on."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch's newer API, which the older one does not know
-        before = None
-    if before is not None:
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if before is not None:
-            torch.set_float32_matmul_precision(before)
+    with ExitStack() as afterwards:
+        try:
+            before = torch.get_float32_matmul_precision()
+        except RuntimeError:  # set by torch's newer API, which the older one does not know
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+                afterwards.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+                backend.fp32_precision = "ieee"
+        else:
+            afterwards.callback(torch.set_float32_matmul_precision, before)
+            torch.set_float32_matmul_precision("highest")
+        afterwards.enter_context(torch.autocast(device.type, enabled=False))
+        yield
