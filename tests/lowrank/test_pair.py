@@ -104,6 +104,13 @@ def test_it_is_two_ordinary_layers(make):
     assert list(pair.state_dict()) == ["first.weight", "second.weight", *bias]
 
 
+def test_a_slice_is_a_plain_sequential():
+    pair = make_pair(nn.Linear(8, 4), 2)
+    assert pair[0] is pair.first
+    assert type(pair[:1]) is nn.Sequential
+    assert list(pair[1:]) == [pair.second]
+
+
 def test_the_bias_is_a_copy():
     layer = nn.Linear(4, 4)
     pair = make_pair(layer, 2)

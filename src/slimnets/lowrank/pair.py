@@ -53,6 +53,10 @@ class LowRankPair(nn.Sequential):
     def __init__(self, first: Layer, second: Layer) -> None:
         super().__init__(OrderedDict(first=first, second=second))
 
+    def __getitem__(self, index: Any) -> Any:
+        """One of the two layers; of a slice, a plain ``Sequential``."""
+        return nn.Sequential(OrderedDict(self.named_children()))[index]
+
     @property
     def rank(self) -> int:
         """How many channels there are between the two layers."""
