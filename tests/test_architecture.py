@@ -19,7 +19,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "gate": {"trainer"},
     "pruning": {"layers", "trainer", "inspection", "lowrank.modules"},
     "lowrank": {"layers", "trainer", "inspection", "text"},
-    "distillation": {"lowrank.follow"},
+    "distillation": {"trainer", "lowrank.follow"},
     "artifact": {"layers", "lowrank.modules"},
     "inspection": {"inputs", "layers", "trainer", "lowrank.modules", "artifact", "text"},
     "acceleration": {"inputs", "layers", "lowrank.modules", "lowrank.factorize", "text"},
@@ -29,10 +29,15 @@ MAY_KNOW: dict[str, set[str]] = {
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: an import relative to its place is not seen here"
+            # of the package itself, what is imported may be a room
+            names = {f"slimnets.{alias.name}" for alias in node.names}
+            found |= names if node.module == "slimnets" else {node.module}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found |= {
+                f"{alias.name}." if alias.name == "slimnets" else alias.name for alias in node.names
+            }
     return {name.removeprefix("slimnets.") for name in found if name.startswith("slimnets.")}
 
 

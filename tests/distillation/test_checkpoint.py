@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from slimnets.distillation import DistillationModule, logit_regression
+from slimnets.distillation import DistillationModule, logit_regression, soft_targets
 from slimnets.lowrank.factorize import factorize
 from tests.support import Classifier, assert_equal, small_data, small_network
 
@@ -43,7 +43,11 @@ def test_resume_is_exact_and_warns_of_another_teacher_or_settings(make_trainer, 
         ({"other": small_network()}, "teacher: not the one"),
         ({"alpha": 0.5}, "alpha=0.5: 0.9 in the checkpoint"),
         ({"temperature": 2.0}, "temperature=2.0: 4.0 in the checkpoint"),
-        ({"loss": logit_regression}, "loss=.*logit_regression: .*soft_targets in the checkpoint"),
+        ({"loss": logit_regression}, "loss=logit_regression: soft_targets in the checkpoint"),
+        (
+            {"loss": partial(soft_targets, temperature=8)},
+            r"loss=soft_targets\(temperature=8\): soft",
+        ),
     ]:
         with pytest.warns(UserWarning, match=message):
             make_trainer(max_epochs=2).fit(module(**arguments), small_data(), ckpt_path=path)

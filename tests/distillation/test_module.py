@@ -228,6 +228,28 @@ def test_targets_that_are_no_probabilities_are_refused(make_trainer, classes, ta
         make_trainer(max_epochs=1).fit(module, data)
 
 
+def test_targets_of_training_are_looked_at_after_a_sanity_check_of_others(make_trainer) -> None:
+    labels = DataLoader(TensorDataset(torch.randn(8, 4), torch.randint(3, (8,))), batch_size=8)
+    counts = DataLoader(TensorDataset(torch.randn(8, 4), torch.full((8, 3), 2.0)), batch_size=8)
+    module = DistillationModule(nn.Linear(4, 3), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"target: .* sums over the classes of 6; "):
+        make_trainer(max_epochs=1, num_sanity_val_steps=1).fit(module, counts, labels)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_loss_without_weight_has_no_say_even_if_it_is_nan(make_trainer, alpha) -> None:
+    student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    if alpha == 0:
+        nn.init.constant_(teacher.weight, torch.inf)
+    unlabelled = torch.full((8,), -100) if alpha == 1 else torch.randint(3, (8,))
+    data = DataLoader(TensorDataset(torch.randn(8, 4), unlabelled), batch_size=4)
+    before, trainer = copy.deepcopy(student), make_trainer(max_epochs=2)
+    trainer.fit(DistillationModule(student, teacher, alpha=alpha), data)
+    assert trainer.logged_metrics["train/loss"].isfinite()
+    assert student.weight.isfinite().all()
+    assert not torch.equal(student.weight, before.weight)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 @pytest.mark.parametrize("kind", ["nn.Module", "LightningModule"])
 def test_precisions(make_trainer, precision, kind) -> None:

@@ -1,6 +1,6 @@
 """What is asked of the arguments and the batches of a DistillationModule."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -217,19 +217,12 @@ def check_probabilities(target: Any) -> None:
             )
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """What to call ``function`` in a checkpoint."""
-    function = getattr(function, "func", function)
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
 def warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warn of what a checkpoint was distilled with, ``before``, and a run that goes on is not."""
-    for name, value in before.items():
-        if value == now[name]:
+    for name, value in now.items():
+        if before.get(name, value) == value:
             continue
         if name == "teacher":
             rank_zero_warn("teacher: not the one that the checkpoint was distilled from")
         else:
-            rank_zero_warn(f"{name}={now[name]}: {value} in the checkpoint")
+            rank_zero_warn(f"{name}={value}: {before[name]} in the checkpoint")

@@ -18,7 +18,6 @@ from slimnets.distillation.arguments import (
     check_settings,
     cross_entropy,
     input_and_target,
-    name_of,
     no_logits,
     observed_module,
     refuse_undistilled,
@@ -41,6 +40,7 @@ from slimnets.distillation.observation import (
 )
 from slimnets.distillation.teacher import Teacher, load_weights
 from slimnets.lowrank.follow import follow_state_dict
+from slimnets.trainer import spell
 
 
 @delegates_to_student
@@ -77,7 +77,8 @@ class DistillationModule(L.LightningModule):
     Args:
         student: The network to train, the one that other callbacks compress.
         teacher: The network to learn from, of any kind; called with the inputs of the student.
-        alpha: The weight of the distillation loss, a fraction in [0, 1].
+        alpha: The weight of the distillation loss, a fraction in [0, 1]. With 1 the student's own
+            loss has no say, whatever it is; nor has the teacher with 0.
         temperature: What ``soft_targets`` divides the logits by, above 0; the defaults of both are
             those of the benchmark in arXiv 1910.10699.
         loss: A distillation loss to use instead, called as ``loss(student_output, teacher_output)``
@@ -135,9 +136,11 @@ class DistillationModule(L.LightningModule):
         self._alpha = alpha
         self._temperature = temperature
         self._loss = partial(soft_targets, temperature=temperature) if loss is None else loss
+        self._name_of_loss = spell(soft_targets if loss is None else loss)
         self._logits = logits
         self._optimizer = torch.optim.AdamW if optimizer is None else optimizer
         self._has_distilled = False
+        self._checked: set[str] = set()  # steps that have seen a target
 
         own: dict[str, Any] = {"alpha": alpha, "temperature": temperature, "logits": logits}
         if isinstance(student, L.LightningModule):
@@ -172,8 +175,9 @@ class DistillationModule(L.LightningModule):
         inputs, target = input_and_target(batch)
         with self._observed(training=False) as seen:
             loss = cross_entropy(self.student(inputs), target)
-        if not self._has_distilled:  # once, for a GPU is waited for
+        if name not in self._checked:  # once, for a GPU is waited for
             check_probabilities(target)
+            self._checked.add(name)
         report = Report(batch)
         total = self._weighted(loss, seen.take(), report)
         report.add("loss", total)
@@ -281,7 +285,7 @@ class DistillationModule(L.LightningModule):
         return {
             "alpha": self._alpha,
             "temperature": self._temperature,
-            "loss": name_of(self._loss),
+            "loss": self._name_of_loss,
             "teacher": self._teacher.fingerprint(),
         }
 
@@ -305,8 +309,11 @@ class DistillationModule(L.LightningModule):
 
     def _weighted(self, loss: Tensor, passes: list[Pass], report: Report) -> Tensor:
         report.add("student_loss", loss)
-        total = (1 - self._alpha) * loss
-        if passes:
-            total = total + self._alpha * distillation_loss(self._loss, passes, report)
-            self._has_distilled = True
-        return total
+        if not passes:
+            return (1 - self._alpha) * loss
+        distilled = distillation_loss(self._loss, passes, report)
+        self._has_distilled = True
+        # a term without weight may be NaN, as the cross entropy of a batch without a label is
+        if self._alpha in (0, 1):
+            return distilled if self._alpha else loss
+        return (1 - self._alpha) * loss + self._alpha * distilled
