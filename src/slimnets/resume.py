@@ -32,7 +32,7 @@ class ExactResume(L.Callback):
       in one process and with a ``StatefulDataLoader`` that knows its length. Any other loader
       begins its epoch anew.
 
-    Kept are Python's, NumPy's and torch's global generators, on the CPU and on CUDA devices, of
+    Kept are Python's, NumPy's and torch's global generators, on the CPU and on the CUDA device, of
     every process; gradients that are being accumulated; and what Lightning drops when it resumes:
     the loader's place at the end of an epoch, and the validation and the end of an epoch that were
     still to come when a checkpoint was saved after a batch.
@@ -222,7 +222,7 @@ def _random_state() -> dict[str, Any]:
         "python": [version, list(internal), gauss_next],
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -232,5 +232,5 @@ def _set_random_state(state: dict[str, Any]) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
