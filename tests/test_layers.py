@@ -8,6 +8,7 @@ from slimnets.layers import (
     compressed_network,
     glob_matches,
     is_parametrized,
+    matches,
     names_of,
     paths_in,
     replace,
@@ -47,6 +48,11 @@ def test_globs_are_case_sensitive_and_cross_dots():
     with pytest.raises(ValueError, match=r"r: 'A\.\*' matches no layer; the layers are: 'a.0'"):
         assign({"A.*": 1}, layers(), "r")
     assert assign({"a*0": 1}, layers(), "r") == {"a.0": 1}
+
+
+def test_a_predicate_is_asked_about_layers():
+    layer = nn.Linear(2, 2)
+    assert matches("a.weight", {"a": layer}, lambda name, one: (name, one) == ("a", layer))
 
 
 def test_without():

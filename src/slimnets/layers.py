@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -110,7 +110,7 @@ def matches(name: str, modules: Mapping[str, nn.Module], selector: Selector) -> 
         parts = layer.split(".")
         around = [modules.get(".".join(parts[:n])) for n in range(len(parts) + 1)]
         return any(isinstance(module, selector) for module in around)
-    return selector(name, modules[layer])
+    return selector(layer, modules[layer])
 
 
 def without(
@@ -186,6 +186,20 @@ def is_parametrized(layer: nn.Module, tensor: str = "weight") -> bool:
     return parametrize.is_parametrized(layer, tensor) or (
         tensor not in layer._parameters and hasattr(layer, tensor)
     )
+
+
+def place_of(parameter: Tensor) -> int:
+    """Where its values are; those of another one that shares them, transposed or not, are there.
+
+    Examples:
+        >>> encoder, decoder = nn.Linear(3, 2), nn.Linear(2, 3)
+        >>> decoder.weight.data = encoder.weight.data.t()
+        >>> place_of(encoder.weight) == place_of(decoder.weight)
+        True
+    """
+    # lazy ones and subclasses may have no such place, and on some devices it is 0
+    is_plain = type(parameter) is nn.Parameter
+    return (is_plain and parameter.data_ptr()) or id(parameter)
 
 
 def refuse_lazy(network: nn.Module, argument: str) -> None:

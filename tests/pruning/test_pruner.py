@@ -53,6 +53,18 @@ def test_pruned_weights_are_positive_zeros_even_of_negatives_and_nan():
     assert torch.equal(layer.weight.view(torch.int32), torch.zeros(4, 4, dtype=torch.int32))
 
 
+def test_what_is_left_alone_unasked_is_named():
+    network = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="prune leaves '0' alone: its weight is computed"):
+        assert list(prune(network, 0.5)) == ["1.weight"]
+    prune(network, {"1": 0.5})  # a warning would be an error
+
+
+def test_a_network_without_values_is_refused():
+    with pytest.raises(ValueError, match="model: 'weight' is on the meta device, without values"):
+        prune(nn.Linear(4, 4, device="meta"), 0.5)
+
+
 def test_masks_only_grow_and_zeros_of_before_are_kept():
     network = small_network()
     first = prune(network, 0.5)

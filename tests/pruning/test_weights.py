@@ -165,6 +165,25 @@ def test_a_weight_tied_to_an_embedding_is_that_of_an_embedding():
     assert left_alone(network) == {"head": "its weight is that of an embedding"}
 
 
+def test_weights_that_share_their_values_are_tied_too():
+    network = nn.ModuleDict({"embedding": nn.Embedding(10, 4), "head": nn.Linear(4, 10)})
+    network["head"].weight.data = network["embedding"].weight.data
+    network.update({"encoder": nn.Linear(4, 6), "decoder": nn.Linear(6, 4)})
+    network["decoder"].weight.data = network["encoder"].weight.data.t()
+    assert names(network) == ["encoder.weight"]
+    assert names(network, exclude="decoder") == []
+    assert left_alone(network) == {"head": "its weight is that of an embedding"}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_named(dtype):
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    quantized = torch.ones(4, 4, dtype=torch.float32).to(dtype)
+    network[0].weight = nn.Parameter(quantized, requires_grad=False)
+    assert names(network) == ["1.weight"]
+    assert left_alone(network) == {"0": f"its weight is of {dtype}"}
+
+
 def test_weights_of_unknown_types_are_named_and_what_is_no_weight_is_not():
     def holding(kind, **shapes):
         module = type(kind, (nn.Module,), {})()

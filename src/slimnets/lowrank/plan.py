@@ -18,6 +18,7 @@ from slimnets.layers import (
     assign,
     compressed_network,
     inside_metrics,
+    place_of,
     without,
 )
 from slimnets.lowrank.decompose import (
@@ -216,7 +217,7 @@ def _reason_to_leave(
     for parameter in layer.parameters():
         if parameter.is_meta:
             return "it is on the meta device and has no values yet"
-        for name, other in holders[_place(parameter)].items():
+        for name, other in holders[place_of(parameter)].items():
             if other is not layer:
                 return f"it shares parameters with {name!r}"
     return ""
@@ -227,15 +228,8 @@ def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
     holders: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            holders.setdefault(_place(parameter), {})[name] = module
+            holders.setdefault(place_of(parameter), {})[name] = module
     return holders
-
-
-def _place(parameter: nn.Parameter) -> int:
-    """Where its values are: those of another, transposed, are at the same place (decoders)."""
-    # lazy ones and subclasses may have no such place, and on some devices it is 0
-    is_plain = type(parameter) is nn.Parameter
-    return (is_plain and parameter.data_ptr()) or id(parameter)
 
 
 def _read_by_parents(model: nn.Module) -> dict[int, str]:

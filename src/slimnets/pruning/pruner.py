@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slimnets.layers import Selectors, compressed_network
+from slimnets.layers import Selectors, as_selectors, compressed_network
 from slimnets.pruning.criteria import Criterion, check_criterion, magnitude
 from slimnets.pruning.masks import lowest, zero_
 from slimnets.pruning.weights import (
@@ -17,6 +17,7 @@ from slimnets.pruning.weights import (
     check_scope,
     check_sparsity,
     target_sparsity,
+    warn_of_left_alone,
 )
 
 
@@ -240,7 +241,7 @@ def prune(
 
     Raises:
         TypeError: If an argument is of a wrong type.
-        ValueError: If one is out of range, or a glob matches nothing.
+        ValueError: If one is out of range, a glob matches nothing, or a weight has no values.
 
     Examples:
         >>> masks = prune(nn.Linear(4, 4), 0.75)
@@ -250,9 +251,13 @@ def prune(
     check_sparsity(sparsity)
     check_scope(scope, sparsity)
     check_criterion(criterion)
-    parameters, targets = target_sparsity(compressed_network(model), sparsity, exclude)
+    network, exclude = compressed_network(model), as_selectors(exclude)
+    parameters, targets = target_sparsity(network, sparsity, exclude)
+    if empty := [name for name, weights in parameters.items() if weights.is_meta]:
+        raise ValueError(f"model: {empty[0]!r} is on the meta device, without values to prune")
     pruner = Pruner(parameters, targets, criterion, scope)
     pruner.try_criterion(parameters)
+    warn_of_left_alone("prune", network, sparsity, exclude)
     pruner.grow(targets)
     pruner.apply(parameters)
     return {name: ~pruned for name, pruned in pruner.pruned.items()}

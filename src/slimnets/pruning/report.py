@@ -6,10 +6,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from slimnets.layers import Selector, glob_matches, matches
+from slimnets.layers import Selector
 from slimnets.pruning.pruner import Pruner
 from slimnets.pruning.span import Span
-from slimnets.pruning.weights import Sparsity, left_alone
+from slimnets.pruning.weights import Sparsity, warn_of_left_alone
 
 
 def scalars(pruner: Pruner, due: Mapping[Pruner, Mapping[str, float]]) -> dict[str, float]:
@@ -39,15 +39,7 @@ def warn_at_start(
     network: nn.Module, pruner: Pruner, sparsity: Sparsity, exclude: Sequence[Selector]
 ) -> None:
     """Name what is left alone unasked, what begins too sparse, and what will be empty."""
-    alone: dict[str, list[str]] = {}
-    modules = dict(network.named_modules())
-    for name, reason in left_alone(network).items():
-        asked = not isinstance(sparsity, Mapping) or any(glob_matches(name, g) for g in sparsity)
-        if asked and not any(matches(name, modules, one) for one in exclude):
-            alone.setdefault(reason, []).append(repr(name))
-    for reason, names in alone.items():
-        which = names[0] if len(names) == 1 else f"each of {', '.join(names)}"
-        rank_zero_warn(f"GradualPrune leaves {which} alone: {reason}")
+    warn_of_left_alone("GradualPrune", network, sparsity, exclude)
     if overfull := pruner.overfull():
         shares = ", ".join(f"{name!r} with {share:.1%}" for name, share in overfull.items())
         rank_zero_warn(

@@ -1,20 +1,25 @@
 """Which weights are pruned, and how many of each."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Literal, TypeAlias
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from slimnets.layers import (
+    Selector,
     Selectors,
     as_selectors,
     assign,
+    glob_matches,
     inside_metrics,
     is_parametrized,
+    matches,
+    place_of,
     without,
 )
 from slimnets.lowrank.modules import pairs_of
@@ -32,8 +37,8 @@ def prunable_weights(
     """The weights of convolutions, linear and recurrent layers and attention projections.
 
     Biases, norms and embeddings are never among them, nor weights that are computed from other
-    parameters (weight norm), nor those of networks within metrics (LPIPS). A weight that several
-    layers share is there once, and not at all if one of them is excluded.
+    parameters (weight norm) or quantized, nor those of networks within metrics (LPIPS). A weight
+    that several layers share is there once, and not at all if one of them is excluded.
 
     Args:
         network: The network whose layers' names the selectors see.
@@ -52,7 +57,7 @@ def prunable_weights(
     kept = without(network, candidates, as_selectors(exclude), pairs_of(network))
     kept = {name: layer for name, layer in kept.items() if id(layer) not in measuring}
     out = {
-        id(weights)
+        place_of(weights)
         for name, layer in candidates.items()
         if name not in kept
         for weights in _weights_of(layer).values()
@@ -67,8 +72,8 @@ def prunable_weights(
                     f"layer {name!r} ({type(layer).__name__}) has no weights yet; "
                     "run one batch through the network before pruning it"
                 )
-            if parameter.numel() and id(parameter) not in out:
-                out.add(id(parameter))
+            if parameter.numel() and place_of(parameter) not in out:
+                out.add(place_of(parameter))
                 found[_path(name, key)] = parameter
     return found
 
@@ -86,7 +91,8 @@ def left_alone(network: nn.Module) -> dict[str, str]:
     weight.
     """
     embeddings, measuring = _of_embeddings(network), inside_metrics(network)
-    known = {id(w) for layer in network.modules() for w in _weights_of(layer).values()} | embeddings
+    weights = [w for layer in network.modules() for w in _weights_of(layer).values()]
+    known = embeddings.union(map(place_of, weights))
     reasons: dict[str, str] = {}
     for name, layer in network.named_modules():
         if id(layer) in measuring:
@@ -94,17 +100,34 @@ def left_alone(network: nn.Module) -> dict[str, str]:
         if computed := [key for key in _names_of(layer) if is_parametrized(layer, key)]:
             which = [_path(name, key) for key in computed] if _weights_of(layer) else [name]
             reasons |= dict.fromkeys(which, "its weight is computed from other parameters")
-        elif any(id(weights) in embeddings for weights in _weights_of(layer).values()):
+        elif any(place_of(w) in embeddings for w in _weights_of(layer).values()):
             reasons[name] = "its weight is that of an embedding"
+        elif quantized := [w.dtype for w in _own(layer).values() if not _has_magnitudes(w)]:
+            reasons[name] = f"its weight is of {quantized[0]}"
         elif not _names_of(layer) and not isinstance(layer, ParametrizationList):
             kind = type(layer).__name__
             for key, parameter in layer.named_parameters(recurse=False):
-                if id(parameter) not in known and _is_matrix(f"{kind}.{key}", parameter):
+                if place_of(parameter) not in known and _is_matrix(f"{kind}.{key}", parameter):
                     reasons[_path(name, key)] = (
                         f"the type of its layer, {kind}, is not known (in an nn.Linear it would "
                         "be pruned)"
                     )
     return reasons
+
+
+def warn_of_left_alone(
+    who: str, network: nn.Module, sparsity: Sparsity, exclude: Iterable[Selector]
+) -> None:
+    """Name what a user would expect to be pruned and ``who`` does not prune, and why."""
+    alone: dict[str, list[str]] = {}
+    modules = dict(network.named_modules())
+    for name, reason in left_alone(network).items():
+        asked = not isinstance(sparsity, Mapping) or any(glob_matches(name, g) for g in sparsity)
+        if asked and not any(matches(name, modules, one) for one in exclude):
+            alone.setdefault(reason, []).append(repr(name))
+    for reason, names in alone.items():
+        which = names[0] if len(names) == 1 else f"each of {', '.join(names)}"
+        rank_zero_warn(f"{who} leaves {which} alone: {reason}")
 
 
 def _path(layer: str, key: str) -> str:
@@ -121,12 +144,21 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 def _of_embeddings(network: nn.Module) -> set[int]:
     kinds = (nn.Embedding, nn.EmbeddingBag)
-    return {id(layer.weight) for layer in network.modules() if isinstance(layer, kinds)}
+    return {place_of(layer.weight) for layer in network.modules() if isinstance(layer, kinds)}
 
 
 def _weights_of(layer: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weights for name, weights in _own(layer).items() if _has_magnitudes(weights)}
+
+
+def _own(layer: nn.Module) -> dict[str, nn.Parameter]:
     own = layer._parameters
     return {name: weights for name in _names_of(layer) if (weights := own.get(name)) is not None}
+
+
+def _has_magnitudes(weights: nn.Parameter) -> bool:
+    """Whether there is arithmetic for its values: none for integers' and those of one byte."""
+    return weights.is_complex() or (weights.is_floating_point() and weights.itemsize > 1)
 
 
 def _names_of(layer: nn.Module) -> list[str]:
@@ -209,8 +241,8 @@ def target_sparsity(
     shares: dict[int, float] = {}
     for name, share in per_layer.items():
         for weights in _weights_of(layers[name]).values():
-            shares.setdefault(id(weights), float(share))
-    targets = {name: shares[id(weights)] for name, weights in parameters.items()}
+            shares.setdefault(place_of(weights), float(share))
+    targets = {name: shares[place_of(weights)] for name, weights in parameters.items()}
     if not parameters:
         raise ValueError(
             f"{type(network).__name__} has no layer to prune: no convolution, linear or recurrent "
