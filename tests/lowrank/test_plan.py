@@ -170,6 +170,17 @@ def test_a_layer_that_is_held_outside_of_the_module_tree_is_left(hold):
     assert not found.asked
 
 
+def test_a_layer_of_zeros_has_no_energy_to_keep():
+    network = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    nn.init.zeros_(network[1].weight)
+    with torch.no_grad():
+        network[0].weight[1:] = network[0].weight[0]
+    first, second = plan(network, energy=0.9).rows
+    assert (first.rank, second.rank) == (1, None)
+    assert "all zero" in second.reason
+    assert plan(network, 4).rows[1].rank == 4
+
+
 @pytest.mark.parametrize("parameter", ["weight", "bias"])
 def test_a_layer_whose_parameter_is_held_outside_of_the_module_tree_is_left(parameter):
     def hold(net):  # as for an average of one's own, or a penalty

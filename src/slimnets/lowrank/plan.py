@@ -139,7 +139,7 @@ def plan(
         kind, weights = type(layer).__name__, _count(layer)
         asked = "excluded" if name not in chosen else "" if name in ranks else "not in r"
         reason = asked or _reason_to_leave(layer, holders, inside, beside)
-        rank = unmet = None
+        unmet = None
         if isinstance(layer, LowRankPair) and not asked and energy is None:
             sides = matrix_shape_of_pair(layer.first.weight.shape, layer.second.weight.shape)
             wanted = _resolve(ranks[name], min(sides))
@@ -147,21 +147,11 @@ def plan(
             reason += f", not {unmet}: slimnets.merge makes it dense again" if unmet else ""
         if not reason:
             weight = cast(Tensor, layer.weight).detach()
-            if not weight.isfinite().all():
-                raise ValueError(
-                    f"the weight of layer {name!r} has infinite or NaN values; repair it, or "
-                    "exclude the layer"
-                )
-            shape = matrix_shape(weight.shape, decomposition)
-            if energy is not None:
-                rank = rank_for_energy(as_matrix(weight, decomposition), energy)
-            else:
-                rank = _resolve(ranks[name], min(shape))
-            reason = _reason_of_size(rank, *shape)
-        if rank is None or reason:
+            rank, after, reason = _pair_for(name, weight, ranks[name], energy, decomposition)
+        if reason:
             rows.append(Row(name, kind, None, weights, weights, reason, bool(asked), unmet))
         else:
-            rows.append(Row(name, kind, rank, weights, rank * sum(shape)))
+            rows.append(Row(name, kind, rank, weights, after))
     return Plan(tuple(rows))
 
 
@@ -283,6 +273,33 @@ def _inside(one: object) -> Collection[object]:
     package = type(one).__module__.partition(".")[0]
     is_plain = hasattr(one, "__dict__") and package not in ("builtins", "torch", "lightning")
     return vars(one).values() if is_plain and not isinstance(one, type) else ()
+
+
+def _pair_for(
+    name: str,
+    weight: Tensor,
+    r: Rank | None,
+    energy: float | None,
+    decomposition: Decomposition,
+) -> tuple[int, int, str]:
+    """The rank of a layer's pair, how many weights that has, and why there is none after all.
+
+    Raises:
+        ValueError: If the layer's weight is not finite.
+    """
+    if not weight.isfinite().all():
+        raise ValueError(
+            f"the weight of layer {name!r} has infinite or NaN values; repair it, or exclude the "
+            "layer"
+        )
+    rows, columns = matrix_shape(weight.shape, decomposition)
+    if energy is None:
+        rank = _resolve(r, min(rows, columns))
+    elif weight.any():
+        rank = rank_for_energy(as_matrix(weight, decomposition), energy)
+    else:
+        return 0, 0, "it is all zero, without energy to keep a share of: give r"
+    return rank, rank * (rows + columns), _reason_of_size(rank, rows, columns)
 
 
 def _resolve(r: Rank | None, full_rank: int) -> int:
