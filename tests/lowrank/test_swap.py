@@ -176,21 +176,25 @@ def test_frozen_weights_that_no_optimizer_has_stay_out_of_it():
 class MeanTeacher(Classifier):
     """Averages its network itself, if it is asked to."""
 
-    def __init__(self, averages):
+    def __init__(self, averages, frozen):
         super().__init__(small_network(norm=False))
         self.averages = averages
-        self.teacher = copy.deepcopy(self.network).requires_grad_(False)
+        self.teacher = copy.deepcopy(self.network).requires_grad_(not frozen)
 
     def on_train_batch_end(self, *_):
         for own, average in zip(self.network.parameters(), self.teacher.parameters(), strict=True):
             if self.averages:  # in the way of MoCo's code
                 average.data = average.data * 0.9 + own.data * 0.1
 
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.network.parameters(), lr=0.1)
 
-def test_an_average_of_the_modules_own_is_named(make_trainer):
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_average_of_the_modules_own_is_named(make_trainer, frozen):
     def fit(averages):
         trainer = make_trainer(max_epochs=1, callbacks=[LowRank(2, at=0.5)])
-        trainer.fit(MeanTeacher(averages), small_data(), small_data(8))
+        trainer.fit(MeanTeacher(averages, frozen), small_data(), small_data(8))
 
     with pytest.warns(UserWarning, match=r"replaces 'teacher\.0', .*WeightAveraging"):
         fit(averages=True)

@@ -26,7 +26,7 @@ from slimnets.lowrank.swap import (
     refuse_stale,
     resolve_at,
     swap,
-    values_of_frozen,
+    values_of_untrained,
     warn_of_averages,
 )
 from slimnets.trainer import (
@@ -109,7 +109,7 @@ class LowRank(L.Callback):
         self._names: set[str] = set()
         self._ranks: dict[str, int] = {}
         self._originals: dict[str, nn.Module] = {}
-        self._frozen: dict[str, Tensor] = {}  # before `at`
+        self._untrained: dict[str, Tensor] = {}  # before `at`
         self._hook: RemovableHandle | None = None
 
     @property
@@ -232,7 +232,8 @@ class LowRank(L.Callback):
                 self._step = resolve_at(trainer, self._at, self._begun)
             else:
                 warn_if_too_short(trainer, self._at, self._step)
-            self._frozen = values_of_frozen(compressed_network(pl_module))
+            network = compressed_network(pl_module)
+            self._untrained = values_of_untrained(network, trainer.optimizers)
         self._start = trainer.global_step
         self._log(trainer, pl_module)
 
@@ -243,7 +244,7 @@ class LowRank(L.Callback):
         if self._done or self._step is None or trainer.global_step < self._step:
             return
         todo = self._plan(pl_module)
-        warn_of_averages(todo.ranks, self._frozen, compressed_network(pl_module))
+        warn_of_averages(todo.ranks, self._untrained, trainer)
         swap(trainer, pl_module, paths_in(pl_module, todo.ranks), self._decomposition)
         self._done = True
         tell(todo, compressed_network(pl_module))
@@ -338,7 +339,7 @@ class LowRank(L.Callback):
         }
 
     def _release(self) -> None:
-        self._originals, self._frozen = {}, {}
+        self._originals, self._untrained = {}, {}
         self._stop_following()
 
     def _follow(self, pl_module: L.LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import cast
 
 import lightning as L
@@ -133,36 +133,41 @@ def refuse_stale(
         )
 
 
-def values_of_frozen(network: nn.Module) -> dict[str, Tensor]:
-    """Some values of the weight of each layer that no gradient changes, by its name."""
+def values_of_untrained(network: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
+    """Some values of the weight of each layer that is in none of ``optimizers``, by its name."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
     weights = {
-        name: getattr(layer, "weight", None) for name, layer in named_layers(network).items()
+        name: layer._parameters.get("weight") for name, layer in named_layers(network).items()
     }
     return {
         name: weight.detach().flatten()[:100].clone()
         for name, weight in weights.items()
-        if isinstance(weight, Tensor) and not weight.requires_grad and not weight.is_meta
+        if weight is not None
+        and not weight.is_meta
+        and not (id(weight) in trained and weight.requires_grad)
     }
 
 
 def warn_of_averages(
-    names: Collection[str], before: Mapping[str, Tensor], network: nn.Module
+    names: Collection[str], before: Mapping[str, Tensor], trainer: L.Trainer
 ) -> None:
     """Warn of layers that something else than an optimizer changes, such as a mean teacher's.
 
     Args:
         names: Of the layers that are replaced.
-        before: What :func:`values_of_frozen` gave when the run began.
-        network: The network of the layers.
+        before: What :func:`values_of_untrained` gave when the run began.
+        trainer: That of the run.
     """
+    now = values_of_untrained(compressed_network(trainer.lightning_module), trainer.optimizers)
     moved = [
         repr(name)
-        for name, now in values_of_frozen(network).items()
-        if name in names and name in before and not torch.equal(before[name], now)
+        for name, values in now.items()
+        if name in names and name in before and not torch.equal(before[name], values)
     ]
     if moved:
         rank_zero_warn(
-            f"LowRank(at=...) replaces {', '.join(moved)}, which no gradient changes and "
+            f"LowRank(at=...) replaces {', '.join(moved)}, which no optimizer changes and "
             "something else does. If that is an average of other layers, averaging goes wrong from "
             "here on, for the factors of an average are not the average of the factors: use "
             "at=None, or WeightAveraging of Lightning"
