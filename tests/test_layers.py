@@ -1,7 +1,10 @@
+import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
+from slimnets import factorize, load, prune, save
 from slimnets.layers import (
     as_selectors,
     assign,
@@ -14,6 +17,7 @@ from slimnets.layers import (
     replace,
     without,
 )
+from slimnets.lowrank.modules import LowRankPair
 
 
 def network():
@@ -48,6 +52,24 @@ def test_globs_are_case_sensitive_and_cross_dots():
     with pytest.raises(ValueError, match=r"r: 'A\.\*' matches no layer; the layers are: 'a.0'"):
         assign({"A.*": 1}, layers(), "r")
     assert assign({"a*0": 1}, layers(), "r") == {"a.0": 1}
+
+
+@pytest.mark.parametrize(
+    "wrap", [L.Fabric(accelerator="cpu", devices=1).setup_module, nn.DataParallel, AveragedModel]
+)
+def test_a_wrapper_is_taken_off(wrap, tmp_path):
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 64), nn.Linear(64, 64))
+    wrapped = wrap(network)
+    inner = compressed_network(wrapped)
+    assert type(inner) is nn.Sequential
+    assert list(prune(wrapped, {"0": 0.5})) == ["0.weight"]
+    assert factorize(wrapped, {"2": 4}) is wrapped
+    assert isinstance(inner[2], LowRankPair)
+    save(wrapped, tmp_path / "x.safetensors")
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 64), nn.Linear(64, 64))
+    load(tmp_path / "x.safetensors", plain)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(plain(x), wrapped(x))
 
 
 def test_a_predicate_is_asked_about_layers():

@@ -14,6 +14,7 @@ from slimnets.lowrank import LowRankReplace as LowRankReplace
 from slimnets.lowrank import factorize as factorize
 from slimnets.lowrank import merge as merge
 from slimnets.pruning import GradualPrune as GradualPrune
+from slimnets.pruning import keep_zeros as keep_zeros
 from slimnets.pruning import prune as prune
 from slimnets.resume import ExactResume as ExactResume
 
@@ -29,6 +30,7 @@ __all__ = [
     "convert_checkpoint",
     "export",
     "factorize",
+    "keep_zeros",
     "load",
     "merge",
     "prune",

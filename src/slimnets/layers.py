@@ -5,10 +5,13 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar
 
+from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
 
 T = TypeVar("T")
@@ -20,11 +23,15 @@ layer)."""
 Selectors: TypeAlias = Iterable[Selector] | Selector  # LightningCLI saves a list as the first
 
 
+_WRAPPERS = (_FabricModule, DistributedDataParallel, nn.DataParallel, AveragedModel)
+
+
 def compressed_network(module: nn.Module) -> nn.Module:
     """The network that compression acts on: the one ``module`` declares, or ``module`` itself.
 
     A wrapper such as :class:`slimnets.DistillationModule` declares it in an attribute
-    ``compressed_network``; a network wrapped by :func:`torch.compile` is unwrapped.
+    ``compressed_network``; what :func:`torch.compile`, Fabric, DDP, ``DataParallel`` and
+    ``AveragedModel`` put around a network is taken off.
 
     Examples:
         >>> net = nn.Linear(2, 2)
@@ -38,6 +45,7 @@ def compressed_network(module: nn.Module) -> nn.Module:
         raise TypeError(f"model={module!r:.80}: expected an nn.Module")
     inner = getattr(module, "compressed_network", module)
     inner = getattr(inner, "_orig_mod", inner)
+    inner = inner.module if isinstance(inner, _WRAPPERS) else inner
     return inner if inner is module else compressed_network(inner)
 
 

@@ -299,7 +299,7 @@ def test_weights_that_are_written_at_the_end(make_trainer, hook, first):
 def test_layers_too_small_for_so_many_zeros_are_named(make_trainer):
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.Linear(32, 1))
     network.append(nn.Linear(1, 4))
-    with pytest.warns(UserWarning, match=r"nothing will be left of '.*2\.weight', '.*3\.weight'"):
+    with pytest.warns(UserWarning, match=r"pruning leaves nothing of '.*2\.weight', '.*3\.weight'"):
         run(make_trainer, GradualPrune(0.99), Classifier(network))
 
 

@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from slimnets import prune
+from slimnets import keep_zeros, prune
 from slimnets.pruning import magnitude, random
 from slimnets.pruning.pruner import Pruner
 from slimnets.pruning.weights import target_sparsity
-from tests.support import assert_equal, small_network, zeros
+from tests.support import assert_equal, small_data, small_network, zeros
 
 
 def pruner_of(network, sparsity=0.9, **arguments):
     return Pruner(*target_sparsity(network, sparsity), **arguments)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.333, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.333, 0.5, 0.9, 0.99])
 def test_exactly_round_s_n_in_every_layer(sparsity):
     network = small_network()
     prune(network, sparsity)
@@ -63,6 +63,40 @@ def test_what_is_left_alone_unasked_is_named():
 def test_a_network_without_values_is_refused():
     with pytest.raises(ValueError, match="model: 'weight' is on the meta device, without values"):
         prune(nn.Linear(4, 4, device="meta"), 0.5)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_layer_of_which_nothing_is_left_is_named(scope):
+    network = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 1 if scope == "layer" else 8))
+    if scope == "global":
+        nn.init.constant_(network[1].weight, 1e-9)
+    with pytest.warns(UserWarning, match=r"pruning leaves nothing of '1\.weight', and the network"):
+        prune(network, 0.995 if scope == "layer" else 0.8, scope=scope)
+    assert not network[1].weight.any()
+
+
+def test_zeros_are_kept_in_a_loop_of_ones_own():
+    network = small_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+
+    def train():
+        for images, labels in small_data():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+
+    train()  # momentum moves what is pruned
+    handle = keep_zeros(network, prune(network, 0.9), optimizer)
+    before = zeros(network)
+    train()
+    assert zeros(network) == before
+    handle.remove()
+    train()
+    assert sum(zeros(network).values()) < sum(before.values())
+    with pytest.raises(
+        ValueError, match=r"masks\['x'\]: Sequential has no weight of this name and"
+    ):
+        keep_zeros(network, {"x": torch.ones(2, 2, dtype=torch.bool)}, optimizer)
 
 
 def test_masks_only_grow_and_zeros_of_before_are_kept():

@@ -1,23 +1,18 @@
-"""The masks of a network's weights, and pruning without a Trainer."""
+"""The masks of a network's weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from slimnets.layers import Selectors, as_selectors, compressed_network
-from slimnets.pruning.criteria import Criterion, check_criterion, magnitude
+from slimnets.pruning.criteria import Criterion, magnitude
 from slimnets.pruning.masks import lowest, zero_
 from slimnets.pruning.weights import (
     Scope,
-    Sparsity,
-    check_scope,
-    check_sparsity,
-    target_sparsity,
-    warn_of_left_alone,
 )
 
 
@@ -192,6 +187,7 @@ class Pruner:
         return sum(self.counts[name] for name in names)
 
     def _select(self, names: list[str], k: int) -> None:
+        before = dict(self.counts)
         chosen, threshold = lowest([self._scores(name) for name in names], k)
         for name, mask in zip(names, chosen, strict=True):
             if self.synchronize:
@@ -200,6 +196,9 @@ class Pruner:
             self.pruned[name] |= mask
             self.counts[name] = int(self.pruned[name].count_nonzero())
             self.thresholds[name] = threshold
+        if len(names) > 1:  # of one alone it is known from the beginning
+            sizes = {name: self.parameters[name].numel() for name in names}
+            warn_of_empty([n for n in names if before[n] < sizes[n] == self.counts[n]])
 
     def _scores(self, name: str) -> Tensor:
         weights = self.parameters[name]
@@ -216,51 +215,13 @@ class Pruner:
         return scores.masked_fill(self.pruned[name], -torch.inf)
 
 
-def prune(
-    model: nn.Module,
-    sparsity: Sparsity,
-    *,
-    criterion: Criterion = magnitude,
-    scope: Scope = "layer",
-    exclude: Selectors = (),
-) -> dict[str, Tensor]:
-    """Prune ``model`` at once and in place, without a Trainer.
-
-    Args:
-        model: The network; of a DistillationModule, its student.
-        sparsity: A fraction in [0, 1), or a mapping of globs over layer names to fractions, of
-            which the first that matches wins.
-        criterion: Parameter to scores of its shape; the lowest are pruned.
-        scope: ``"layer"`` for the same sparsity in every layer, ``"global"`` for the lowest scores
-            of the whole network.
-        exclude: Layers to leave alone: globs, types, with what is within them, or predicates of
-            (name, layer).
-
-    Returns:
-        Name of each weight to its mask, bool, True where the weight is kept.
-
-    Raises:
-        TypeError: If an argument is of a wrong type.
-        ValueError: If one is out of range, a glob matches nothing, or a weight has no values.
-
-    Examples:
-        >>> masks = prune(nn.Linear(4, 4), 0.75)
-        >>> int(masks["weight"].sum())
-        4
-    """
-    check_sparsity(sparsity)
-    check_scope(scope, sparsity)
-    check_criterion(criterion)
-    network, exclude = compressed_network(model), as_selectors(exclude)
-    parameters, targets = target_sparsity(network, sparsity, exclude)
-    if empty := [name for name, weights in parameters.items() if weights.is_meta]:
-        raise ValueError(f"model: {empty[0]!r} is on the meta device, without values to prune")
-    pruner = Pruner(parameters, targets, criterion, scope)
-    pruner.try_criterion(parameters)
-    warn_of_left_alone("prune", network, sparsity, exclude)
-    pruner.grow(targets)
-    pruner.apply(parameters)
-    return {name: ~pruned for name, pruned in pruner.pruned.items()}
+def warn_of_empty(names: Sequence[str]) -> None:
+    """Name the weights none of which are left."""
+    if names:
+        rank_zero_warn(
+            f"pruning leaves nothing of {', '.join(map(repr, names))}, and the network may become "
+            "constant: exclude such layers, or give a mapping of globs as sparsity"
+        )
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from slimnets.layers import Selector
-from slimnets.pruning.pruner import Pruner
+from slimnets.pruning.pruner import Pruner, warn_of_empty
 from slimnets.pruning.span import Span
 from slimnets.pruning.weights import Sparsity, warn_of_left_alone
 
@@ -47,12 +47,7 @@ def warn_at_start(
             f"are kept: {shares}; where these are an initialisation and no pruned weights, exclude "
             "the layer or initialise it otherwise"
         )
-    if emptied := pruner.emptied():
-        rank_zero_warn(
-            f"GradualPrune(sparsity={sparsity!r}): nothing will be left of "
-            f"{', '.join(map(repr, emptied))}, "
-            "and the network may become constant: exclude such small layers, or give a mapping"
-        )
+    warn_of_empty(pruner.emptied())
 
 
 def warn_if_too_short(span: Span, length: float) -> None:
