@@ -380,3 +380,18 @@ def test_a_result_keeps_its_type(kind):
     with torch.no_grad():
         torch.testing.assert_close(fast(x).logits, network(x).logits, rtol=1e-4, atol=1e-4)
     assert type(fast(x)) is kind
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_batch_norm_without_gain_is_folded(bias):
+    norm = nn.BatchNorm1d(16, affine=False)
+    network = nn.Sequential(nn.Linear(8, 16, bias=bias), norm, nn.ReLU(), nn.Linear(16, 4)).eval()
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    nn.init.uniform_(norm.running_mean, -1.0, 1.0)
+    x = torch.randn(5, 8)
+    expected = network(x)
+    graph = graph_of(network, (x,), expected)
+    simplify(graph, (x,))
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in graph.modules())
+    torch.testing.assert_close(graph(x), expected)

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -26,6 +27,9 @@ def fold_batch_norm(traced: fx.GraphModule) -> None:
             continue
         if isinstance(layer, nn.Linear) and len(source.meta["shape"]) != 2:
             continue  # the channels of the norm are the second dimension, not the last
+        if norm.weight is None:  # which torch's fusion of linear layers does not know
+            norm.weight = nn.Parameter(torch.ones_like(norm.running_var), requires_grad=False)
+            norm.bias = nn.Parameter(torch.zeros_like(norm.running_var), requires_grad=False)
         fold: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         folded: nn.Module = fold(layer, norm)
         traced.set_submodule(str(source.target), folded.requires_grad_(False))
