@@ -23,12 +23,16 @@ MakeTrainer = Callable[..., L.Trainer]
 class Run:
     """A trainer that has been fitted, its network and what its log folder holds."""
 
-    def __init__(self, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def __init__(self, make_trainer: MakeTrainer, tmp_path: Path, **arguments: Any) -> None:
         self.logger = TensorBoardLogger(tmp_path)
         self.csv = CSVLogger(tmp_path)
         self.module = BoringModel()
         self.trainer = make_trainer(
-            logger=[self.logger, self.csv], max_steps=2, limit_val_batches=0, log_every_n_steps=1
+            logger=[self.logger, self.csv],
+            max_steps=2,
+            limit_val_batches=0,
+            log_every_n_steps=1,
+            **arguments,
         )
         self.trainer.fit(self.module)
 
@@ -114,6 +118,29 @@ def test_the_summary_measures_the_example_of_the_module(run: Run) -> None:
     run.module.example_input_array = torch.randn(3, 32)
     log_summary(run.trainer)
     assert run.events().Scalars("summary/macs")[0].value == 3 * 64
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "bf16-mixed"])
+def test_the_summary_runs_the_example_in_the_precision_of_the_weights(
+    make_trainer: MakeTrainer, tmp_path: Path, precision: Any
+) -> None:
+    run = Run(make_trainer, tmp_path, precision=precision)
+    run.module.layer.weight.data[0] = 0
+    run.module.example_input_array = torch.randn(3, 32)
+    log_summary(run.trainer)
+    events = run.events()
+    assert events.Scalars("summary/macs")[0].value == 3 * 64
+    assert events.Scalars("summary/effective_macs")[0].value == 3 * 32
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_example_that_does_not_fit_costs_no_more_than_what_is_measured_of_it(run: Run) -> None:
+    run.module.example_input_array = torch.randn(3, 5)
+    with pytest.warns(UserWarning, match="no latency: the forward pass of example_input_array"):
+        log_summary(run.trainer)
+    events = run.events()
+    assert events.Scalars("summary/weights")[0].value == 64
+    assert "summary/macs" not in events.Tags()["scalars"]
 
 
 def write_all(trainer: L.Trainer, network: nn.Module) -> None:

@@ -152,14 +152,13 @@ def summarize(
         _check("baseline", baseline)
         models.append(baseline)
     networks = [compressed_network(one) for one in models]
-    for one in (networks[0], model):
-        if example_input is None:
-            example_input = getattr(one, "example_input_array", None)
     if example_input is None:
-        return _compare([_counted(network, None) for network in networks])
+        example_input = example_of(model)
+    if example_input is None:
+        return _compare([count(network) for network in networks])
 
     with undisturbed(*models):
-        summaries = [_counted(network, example_input) for network in networks]
+        summaries = [count(network, example_input) for network in networks]
         with torch.inference_mode():
             # what was given, not what is counted of it: it may be compiled or accelerated
             forwards = [_forward(one, example_input) for one in models]
@@ -167,19 +166,28 @@ def summarize(
     return _compare(summaries, times, _conditions(networks[0], example_input))
 
 
-def _check(argument: str, model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{argument}={model!r}: expected an nn.Module")
-    refuse_lazy(compressed_network(model), argument)
+def example_of(model: nn.Module) -> Any:
+    """The ``example_input_array`` of the network in ``model``, or else that of ``model``."""
+    for one in (compressed_network(model), model):
+        if (example := getattr(one, "example_input_array", None)) is not None:
+            return example
+    return None
 
 
-def _counted(network: nn.Module, example_input: Any) -> Summary:
+def count(network: nn.Module, example_input: Any = None) -> Summary:
+    """What of the summary is counted; nothing is run if there is no ``example_input``."""
     macs = None
     if example_input is not None:
         macs = count_macs(network, _forward(network, example_input))
     rows = count_rows(network, macs)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Summary(rows, total(rows, type(network).__name__), parameters)
+
+
+def _check(argument: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument}={model!r}: expected an nn.Module")
+    refuse_lazy(compressed_network(model), argument)
 
 
 def _forward(network: nn.Module, example_input: Any) -> Callable[[], object]:

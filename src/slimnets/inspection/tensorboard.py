@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimnets.layers import compressed_network
 from slimnets.trainer import logged_step
 
 if TYPE_CHECKING:
@@ -77,15 +78,29 @@ def log_summary(trainer: L.Trainer) -> None:
     """Write the summary of the network as a table under Text, and its totals to every logger.
 
     If the network or the module around it has an ``example_input_array``, operations and latency
-    are measured.
+    are measured, in the precision that the weights have. Where its forward pass fails, they stay
+    unknown.
 
     Args:
         trainer: The trainer whose loggers are written to; only TensorBoard's get the table.
     """
     # imported late: the callbacks import this file, and the summary the layers beside them
-    from slimnets.inspection.summary import summarize
+    from slimnets.inspection.summary import count, example_of, summarize
 
-    summary = summarize(trainer.lightning_module)
+    module, precision = trainer.lightning_module, trainer.precision_plugin
+    example = precision.convert_input(example_of(module))
+    try:
+        # autocast multiplies by copies of the weights, whose zeros are nobody's
+        with precision.forward_context(), torch.autocast(module.device.type, enabled=False):
+            summary = summarize(module, example)
+    except Exception as error:
+        if example is None:
+            raise
+        rank_zero_warn(
+            "log_summary wrote no operations and no latency: the forward pass of "
+            f"example_input_array failed: {type(error).__name__}: {error}"
+        )
+        summary = count(compressed_network(module))
     for writer in _writers(trainer):
         writer.add_text("summary", summary.to_markdown(), logged_step(trainer))
     totals = {f"summary/{name}": value for name, value in summary.totals.items()}
