@@ -23,6 +23,18 @@ def test_weights_are_counted_without_biases() -> None:
     assert row.rank is row.macs is row.effective_macs is None
 
 
+def test_embeddings_are_weights_and_neither_norms_nor_biases_are_whatever_their_shape() -> None:
+    network = nn.Sequential(nn.Embedding(10, 6), nn.LayerNorm((4, 6)), nn.RMSNorm((4, 6)))
+    network.append(nn.MultiheadAttention(6, 2, add_bias_kv=True))
+    found = rows(network)
+    assert {name: row.weights for name, row in found.items()} == {
+        **{"0": 60, "1": 0, "2": 0},
+        **{"3": 3 * 36, "3.out_proj": 36},
+    }
+    assert all(row.sparsity == 0 for row in found.values())
+    assert found["1"].bytes > 0
+
+
 def test_minus_zero_is_a_zero_and_nan_is_not() -> None:
     layer = nn.Linear(2, 2)
     layer.weight.data = torch.tensor([[-0.0, torch.nan], [0.0, 1.0]])

@@ -20,9 +20,10 @@ class Row:
     Attributes:
         name: The layer's name in the network, as in ``named_modules()``.
         kind: Its type.
-        weights: Elements of its parameters of two or more dimensions, which are what pruning and
-            low rank act on; biases and norms are in ``bytes`` only. Weights that layers share count
-            once, where they come first.
+        weights: Elements of its parameters of two or more dimensions: of what pruning and low rank
+            act on, and of embeddings and other tables, which they leave as they are. Biases and
+            norms are in ``bytes`` only. Weights that layers share count once, where they come
+            first.
         nonzeros: How many of them are not zero.
         bytes: What its tensors take in the file of ``slimnets.save``, buffers included.
         rank: The rank of a factorized pair, which is one layer here.
@@ -43,7 +44,11 @@ class Row:
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros among the weights, in [0, 1]."""
+        """The share of zeros among the weights, in [0, 1].
+
+        Of a network with embeddings or layers that are not pruned, it is below the ``sparsity``
+        that GradualPrune logs, which is the share among the weights that it prunes.
+        """
         return 1 - self.nonzeros / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,9 +20,14 @@ def pairs_of(network: nn.Module) -> dict[str, LowRankPair]:
 
 
 def weights_of(layer: nn.Module) -> list[nn.Parameter]:
-    """Its parameters of two or more dimensions, of a pair those of both layers; no lazy ones."""
-    parameters = layer.parameters(recurse=isinstance(layer, LowRankPair))
-    return [one for one in parameters if not is_lazy(one) and one.dim() > 1]
+    """Its parameters of two or more dimensions that are no biases and not lazy; none of a norm's.
+
+    Of a pair they are those of both layers.
+    """
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):  # of several dimensions, so are theirs
+        return []
+    named = layer.named_parameters(recurse=isinstance(layer, LowRankPair))
+    return [one for name, one in named if not is_lazy(one) and one.dim() > 1 and "bias" not in name]
 
 
 def replaceable(network: nn.Module, *others: type[nn.Module]) -> dict[str, nn.Module]:
