@@ -17,6 +17,7 @@ from slimnets.artifact.codec import same_bits
 from slimnets.artifact.container import inspect, pack, write
 from slimnets.artifact.file import load, save
 from slimnets.artifact.streams import ArtifactError
+from slimnets.lowrank.factorize import factorize
 from slimnets.lowrank.modules import LowRankPair
 
 
@@ -466,6 +467,32 @@ def test_an_error_after_the_structure_changed_undoes_it(path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"'0\.bias'"):
         load(path, fresh)
     assert_untouched(fresh, before)
+
+
+def test_the_fast_path_of_a_transformer_comes_back_with_its_layers(path: Path) -> None:
+    def network(width: int) -> nn.Sequential:
+        return nn.Sequential(nn.TransformerEncoderLayer(32, 2, 64), nn.Linear(3, width))
+
+    compressed, other = network(3), network(4)
+    compressed[0].linear1 = factorize(compressed[0].linear1, 4)
+    save(compressed, path)
+    with pytest.raises(ArtifactError, match=r"'1\.weight' is"):
+        load(path, other)
+    assert type(other[0].linear1) is nn.Linear
+    assert other[0].activation_relu_or_gelu == 1
+
+
+def test_an_error_of_a_hook_leaves_the_structure_as_it_was(path: Path) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no values, please")
+
+    save(nn.Sequential(pair(2), nn.Linear(6, 6)), path)
+    model = nn.Sequential(nn.Linear(100, 10), nn.Linear(6, 6))
+    before = list(model.modules())
+    model[1].register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="no values, please"):
+        load(path, model)
+    assert list(model.modules()) == before
 
 
 def test_a_model_without_memory_is_refused(path: Path) -> None:

@@ -88,9 +88,12 @@ def load(path: PathLike, model: nn.Module) -> nn.Module:
         ArtifactError: If the file is damaged, or that of another network. ``model`` is as it was.
         ValueError: If ``model`` has tensors that cannot be filled. ``model`` is as it was.
         OSError: If the file cannot be read.
+
+    An error of a hook of the model's own, or of ``set_extra_state``, comes when values are copied:
+    the structure is as it was then, but some of the values are those of the file.
     """
     network = compressed_network(model)
-    with naming(path), _modules_kept_on_error(network):
+    with naming(path), _structure_kept_on_error(network):
         info, streams = read(path)
         own = _own_names(network, info.shapes)
         shapes = {own[name]: shape for name, shape in info.shapes.items()}
@@ -137,12 +140,13 @@ def _own_names(network: nn.Module, names: Mapping[str, object]) -> dict[str, str
 
 
 @contextmanager
-def _modules_kept_on_error(network: nn.Module) -> Iterator[None]:
-    before = [(module, dict(module._modules)) for module in network.modules()]
+def _structure_kept_on_error(network: nn.Module) -> Iterator[None]:
+    before = [(one, dict(vars(one)), dict(one._modules)) for one in network.modules()]
     try:
         yield
     except BaseException:
-        for module, children in before:
+        for module, attributes, children in before:
+            vars(module).update(attributes)  # among them whether there is a fast path
             module._modules.clear()
             module._modules.update(children)
         raise
