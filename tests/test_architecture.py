@@ -19,7 +19,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "gate": {"trainer"},
     "pruning": {"layers", "trainer", "inspection", "lowrank.modules"},
     "lowrank": {"layers", "trainer", "inspection", "text"},
-    "distillation": {"trainer", "lowrank.follow"},
+    "distillation": {"layers", "trainer", "lowrank.follow"},
     "artifact": {"layers", "lowrank.modules"},
     "inspection": {"inputs", "layers", "trainer", "lowrank.modules", "artifact", "text"},
     "acceleration": {"inputs", "layers", "lowrank.modules", "lowrank.factorize", "text"},

@@ -1,5 +1,6 @@
 """Which layers a method may touch: chosen by glob, type or predicate, replaced by name."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -15,6 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
 
 T = TypeVar("T")
+
+_COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A glob over names of layers or what contains them, a type of either, or a predicate of (name,
@@ -97,9 +100,8 @@ def glob_matches(name: str, glob: str) -> bool:
         >>> glob_matches("block._orig_mod.conv", "block.conv")
         True
     """
-    parts = name.split(".")
-    plain = [part for part in parts if part != "_orig_mod"]
-    paths = [".".join(some[:n]) for some in (parts, plain) for n in range(len(some), 0, -1)]
+    ways = (name.split("."), plain_name(name).split("."))
+    paths = [".".join(way[:n]) for way in ways for n in range(len(way), 0, -1)]
     return glob in paths or any(fnmatchcase(path, glob) for path in paths)  # "[" may be in a name
 
 
@@ -217,6 +219,16 @@ def refuse_lazy(network: nn.Module, argument: str) -> None:
             raise ValueError(
                 f"{argument}: {name!r} has no values yet; run one batch through the network first"
             )
+
+
+def plain_name(name: str) -> str:
+    """``name``, of a layer or in a state dict, without what :func:`torch.compile` adds.
+
+    Examples:
+        >>> plain_name("block._orig_mod.conv.weight")
+        'block.conv.weight'
+    """
+    return _COMPILED.sub("", name).removeprefix(".")
 
 
 def names_of(network: nn.Module, layer: nn.Module) -> list[str]:

@@ -107,6 +107,19 @@ def test_weights_are_read_from_a_file(tmp_path, kind) -> None:
     assert_equal(network, source.state_dict())
 
 
+@pytest.mark.parametrize("prefix", ["", "student."])
+def test_a_file_and_a_network_may_be_compiled_or_not_in_part_or_whole(tmp_path, prefix) -> None:
+    source, part = small_network(), small_network()
+    for compiled in (torch.compile(source), part):
+        if compiled is part:
+            part[3] = torch.compile(part[3])
+        state = {f"{prefix}{name}": value for name, value in compiled.state_dict().items()}
+        torch.save(state, tmp_path / "weights.pt")
+        for network in (small_network(), torch.compile(small_network())):
+            load_weights(network, tmp_path / "weights.pt")
+            assert Teacher(network).fingerprint() == Teacher(compiled).fingerprint()
+
+
 def test_a_file_of_another_network_leaves_this_one_as_it_was(tmp_path) -> None:
     network, other = small_network(), small_network()
     other[9] = nn.Linear(32, 5)

@@ -8,8 +8,8 @@ from zipfile import is_zipfile
 import torch
 
 from slimnets.artifact.container import PathLike, naming, pack, write
-from slimnets.artifact.file import plain_name
 from slimnets.artifact.streams import ArtifactError
+from slimnets.layers import plain_name
 
 
 def convert_checkpoint(

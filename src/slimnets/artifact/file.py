@@ -1,6 +1,5 @@
 """A compressed network to one small file, and back."""
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,10 +11,9 @@ from torch.nn.parameter import is_lazy
 from slimnets.artifact.codec import decode, same_bits, tied
 from slimnets.artifact.container import PathLike, naming, pack, read, write
 from slimnets.artifact.streams import ArtifactError
-from slimnets.layers import compressed_network, paths_in, replace
+from slimnets.layers import compressed_network, paths_in, plain_name, replace
 from slimnets.lowrank.modules import restructure
 
-_COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as floats of so many bytes
 _MANY = 0.01  # share of negative zeros that is worth a warning
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -119,11 +117,6 @@ def load(path: PathLike, model: nn.Module) -> nn.Module:
         return model
     (place,) = paths_in(model, {"": loaded})
     return replace(model, place, loaded)
-
-
-def plain_name(name: str) -> str:
-    """``name`` without what :func:`torch.compile` adds."""
-    return _COMPILED.sub("", name).removeprefix(".")
 
 
 def _own_names(network: nn.Module, names: Mapping[str, object]) -> dict[str, str]:

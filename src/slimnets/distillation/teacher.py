@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from slimnets.layers import plain_name
+
 
 class Teacher:
     """A frozen network that no module tree knows.
@@ -58,12 +60,11 @@ class Teacher:
     def fingerprint(self) -> str:
         """A hash of the names, shapes and a sample of the values of the weights."""
         digest = hashlib.sha256()
-        network = getattr(self.network, "_orig_mod", self.network)
-        for name, tensor in network.state_dict().items():
+        for name, tensor in self.network.state_dict().items():
             if isinstance(tensor, Tensor):
                 flat = tensor.detach().flatten()
                 sample = flat[:: max(1, len(flat) // 1024)].contiguous().cpu()
-                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(f"{plain_name(name)} {tuple(tensor.shape)}".encode())
                 digest.update(sample.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
@@ -72,7 +73,7 @@ class Teacher:
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
-    """Fill ``network`` from a file of its state dict.
+    """Fill ``network`` from a file of its state dict, whichever of the two is of a compiled one.
 
     Args:
         network: The network, as its author builds it.
@@ -85,14 +86,15 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             ``network``, which is left as it was.
         OSError: If there is no such file.
     """
-    own = network.state_dict()
-    state = _state_in(path)
+    filled = network.state_dict()
+    own = {plain_name(name): name for name in filled}
+    state = {plain_name(name): value for name, value in _state_in(path).items()}
     if state.keys() != own.keys() and all(name.startswith("student.") for name in state):
         state = {name.removeprefix("student."): value for name, value in state.items()}
     wrong = sorted(
         name
         for name in own.keys() | state.keys()
-        if name not in own or name not in state or _shape(own[name]) != _shape(state[name])
+        if name not in own or name not in state or _shape(filled[own[name]]) != _shape(state[name])
     )
     if wrong:
         hint = ""
@@ -103,7 +105,9 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             f"of {len(own.keys() | state.keys())} names or shapes differ, {wrong[0]!r} the first"
             f"{hint}"
         )
-    network.load_state_dict(state)
+    # in place, for the versions of the modules' own formats, which come with the state dict
+    filled.update({own[name]: value for name, value in state.items()})
+    network.load_state_dict(filled)
 
 
 def _state_in(path: str | Path) -> dict[str, Any]:
