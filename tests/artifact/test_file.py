@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.prune import identity
 
 from slimnets.artifact.codec import same_bits
 from slimnets.artifact.container import inspect, pack, write
@@ -284,6 +285,26 @@ def test_int8(path: Path, log: Any) -> None:
         assert ((fresh.state_dict()[name] == 0) >= (tensor == 0)).all()
     assert torch.equal(fresh[5].bias, network[5].bias)
     assert "rounded to torch.int8: 0.weight, 3.weight, 5.weight" in messages(log)
+
+
+@pytest.mark.parametrize(
+    ("compute", "name"),
+    [
+        (parametrizations.weight_norm, "0.parametrizations.weight.original1"),
+        (parametrizations.spectral_norm, "0.parametrizations.weight.original"),
+        (lambda layer: identity(layer, "weight"), "0.weight_orig"),
+        (torch.compile, "0.weight"),
+    ],
+)
+def test_int8_has_a_scale_for_each_channel_of_a_transposed_weight_however_it_is_computed(
+    path: Path, compute: Callable[[nn.Module], nn.Module], name: str
+) -> None:
+    network = nn.Sequential(compute(nn.ConvTranspose2d(6, 4, 3)))
+    network.append(parametrizations.weight_norm(nn.Conv2d(4, 3, 3)))
+    save(network, path, dtype=torch.int8)
+    scales = {name: entry.scale for name, entry in inspect(path).tensors.items() if entry.scale}
+    assert scales[name][0] == 1
+    assert scales["1.parametrizations.weight.original1"][0] == 0
 
 
 def test_fewer_bits_are_fewer_bytes(path: Path) -> None:

@@ -22,6 +22,8 @@ from slimnets.artifact.streams import ArtifactError, cost
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
+_PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(\w+)\.original\d*")
+
 
 def pack(
     state: Mapping[str, torch.Tensor],
@@ -61,7 +63,7 @@ def pack(
 
     def arguments(name: str) -> tuple[torch.dtype | None, int, int]:
         # Positions, anchors, masks and other buffers are too delicate for eight bits.
-        is_weight = "weight" in _tensor_of(name) and name not in buffers
+        is_weight = "weight" in place_of(name)[1] and name not in buffers
         stored = dtype if is_weight or dtype is not torch.int8 else None
         return stored, int(name in transposed), bits
 
@@ -114,10 +116,19 @@ def _coded(
     return coded, ties
 
 
-def _tensor_of(name: str) -> str:
-    """What the layer calls the tensor ``name`` of a state dict, or what is computed from it."""
-    parametrized = re.search(r"(?:^|\.)parametrizations\.(\w+)\.original\d*$", name)
-    return parametrized[1] if parametrized else name.rpartition(".")[2]
+def place_of(name: str) -> tuple[str, str]:
+    """The layer of the tensor ``name`` of a state dict, and what the layer calls it.
+
+    Of what a parametrization computes a tensor from, it is the name of that tensor.
+
+    Examples:
+        >>> place_of("up.weight"), place_of("up.parametrizations.weight.original1")
+        (('up', 'weight'), ('up', 'weight'))
+    """
+    if parametrized := _PARAMETRIZED.fullmatch(name):
+        return parametrized[1] or "", parametrized[2]
+    layer, _, tensor = name.rpartition(".")
+    return layer, tensor
 
 
 def inspect(path: PathLike) -> FileInfo:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from slimnets.artifact.codec import decode, same_bits, tied
-from slimnets.artifact.container import PathLike, naming, pack, read, write
+from slimnets.artifact.container import PathLike, naming, pack, place_of, read, write
 from slimnets.artifact.streams import ArtifactError
 from slimnets.layers import compressed_network, paths_in, plain_name, replace
 from slimnets.lowrank.modules import restructure
@@ -56,12 +56,9 @@ def save(
         True
     """
     network = compressed_network(model)
-    transposed = {
-        plain_name(f"{name}.weight")
-        for name, layer in network.named_modules(remove_duplicate=False)
-        if isinstance(layer, _TRANSPOSED)
-    }
     state = {plain_name(name): value for name, value in network.state_dict().items()}
+    layers = {plain_name(name): one for name, one in network.named_modules(remove_duplicate=False)}
+    transposed = {name for name in state if isinstance(layers.get(place_of(name)[0]), _TRANSPOSED)}
     buffers = {plain_name(name) for name, _ in network.named_buffers(remove_duplicate=False)}
     write(path, pack(state, dtype, bits, transposed, buffers))
     if dtype is None:  # others round them to plain ones
