@@ -1,5 +1,6 @@
 """Operations are counted where they are executed, and belong to the layer that owns the weight."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from slimnets.inspection.macs import Macs, count_macs
 
@@ -45,6 +48,61 @@ LAYERS = [
 def test_one_layer(layer: nn.Module, images: Tensor, expected: int) -> None:
     half_zero(layer.weight)
     assert count(layer, images) == {"": (expected, expected // 2)}
+
+
+class Called(nn.Module):
+    """A function with a weight beside its other arguments."""
+
+    def __init__(self, function: Callable[..., Tensor], weight: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.function(*inputs, self.weight)
+
+
+def scaled(one: Tensor, weight: Tensor) -> Tensor:
+    by = torch.ones(())
+    return torch._scaled_mm(one.to(weight.dtype), weight.t(), by, by, out_dtype=torch.bfloat16)
+
+
+FUNCTIONS = [
+    (torch.addbmm, (x(4, 6), x(3, 4, 5)), x(3, 5, 6), 3 * 4 * 5 * 6),
+    (scaled, (x(16, 32),), torch.ones(48, 32).to(torch.float8_e4m3fn), 16 * 32 * 48),
+    (torch._int_mm, (x(32, 16).to(torch.int8),), torch.ones(16, 8).to(torch.int8), 32 * 16 * 8),
+]
+
+
+@pytest.mark.parametrize(("function", "inputs", "weight", "expected"), FUNCTIONS)
+def test_one_function(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], weight: Tensor, expected: int
+) -> None:
+    network = Called(function, weight)
+    half_zero(network.weight)
+    assert count(network, *inputs) == {"": (expected, expected // 2)}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_of_a_higher_order_operator() -> None:
+    queries = x(1, 2, 128, 16)
+    found = count_macs(nn.Module(), lambda: flex_attention(queries, queries, queries))
+    assert found == {"": Macs(2 * 2 * 128 * 128 * 16, 2 * 2 * 128 * 128 * 16)}
+
+
+def test_an_operator_of_another_library_counts_by_its_formula() -> None:
+    @torch.library.custom_op("slimnets_tests::product", mutates_args=())
+    def product(one: Tensor, other: Tensor) -> Tensor:
+        return one @ other
+
+    operator = torch.ops.slimnets_tests.product
+    network = Called(product, x(4, 5))
+    assert count(network, x(3, 4)) == {}
+    register_flop_formula(operator)(lambda one, other, **_: 2 * one[0] * one[1] * other[1])
+    try:
+        assert count(network, x(3, 4)) == {"": (60, 60)}
+    finally:
+        del flop_registry[operator]
 
 
 def test_a_product_of_two_vectors() -> None:
@@ -187,3 +245,11 @@ def test_a_scripted_part_is_counted() -> None:
     network = nn.Sequential(nn.Linear(8, 16), torch.jit.script(nn.Linear(16, 4)))
 
     assert sum(dense for dense, _ in count(network, x(3, 8)).values()) == 3 * (8 * 16 + 16 * 4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*")
+def test_convolutions_of_a_traced_network_are_counted() -> None:
+    layer, images = nn.Conv2d(4, 6, 3), x(2, 4, 8, 8)
+    half_zero(layer.weight)
+    expected = 2 * 6 * 36 * 4 * 9
+    assert count(torch.jit.trace(layer, images), images) == {"": (expected, expected // 2)}

@@ -41,6 +41,13 @@ def test_minus_zero_is_a_zero_and_nan_is_not() -> None:
     assert count_rows(layer)[0].nonzeros == 2
 
 
+def test_zeros_of_eight_bit_floats_are_counted() -> None:
+    layer = nn.Linear(2, 2)
+    weight = torch.tensor([[-0.0, torch.nan], [0.0, 1.0]]).to(torch.float8_e4m3fn)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    assert count_rows(layer)[0].nonzeros == 2
+
+
 def test_a_factorized_pair_is_one_layer() -> None:
     network = factorize(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), 2)
     found = rows(network)

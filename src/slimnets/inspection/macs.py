@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass
@@ -26,8 +27,9 @@ def count_macs(network: nn.Module, forward: Callable[[], object]) -> dict[str, M
     in modules, in functions, in attention, as often as a shared layer is called. A product belongs
     to the module that owns the weight in it; one without a weight of the network (attention's
     scores, a weight that is computed) to the innermost module that is running, and counts in full.
-    Not counted are biases, norms, activations, pooling, embeddings, interpolation and operators of
-    other libraries. Padding counts as if it were multiplied, as everywhere in the field.
+    Not counted are biases, norms, activations, pooling, embeddings, interpolation, and operators of
+    other libraries without a formula of ``torch.utils.flop_counter.register_flop_formula``. Padding
+    counts as if it were multiplied, as everywhere in the field.
 
     Args:
         network: The network that ``forward`` runs.
@@ -56,6 +58,8 @@ def count_macs(network: nn.Module, forward: Callable[[], object]) -> dict[str, M
 
 
 class _Counter(TorchDispatchMode):
+    supports_higher_order_operators = True  # flex_attention is one
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.modules = dict(network.named_modules())
@@ -86,11 +90,14 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        products = _PRODUCTS.get(func._overloadpacket.__name__)
-        if products is not None:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        operator = getattr(func, "_overloadpacket", func)  # one of higher order has no overloads
+        if products := _PRODUCTS.get(operator.__name__):
             for macs, operands in products(out, *args):
                 self.add(macs, operands)
+        elif formula := flop_registry.get(operator):  # of attention, and of users' own operators
+            self.add(formula(*args, **kwargs, out_val=out) // 2, ())
         return out
 
     def add(self, macs: int, operands: Sequence[Tensor]) -> None:
@@ -98,7 +105,7 @@ class _Counter(TorchDispatchMode):
             owners = self.owners.get(_storage(operand))
             if owners:
                 name = self.running[-1] if self.running[-1] in owners else owners[0]
-                effective = macs * int(operand.count_nonzero()) // max(1, operand.numel())
+                effective = macs * nonzeros(operand) // max(1, operand.numel())
                 break
         else:
             name, effective = self.running[-1], macs
@@ -133,6 +140,10 @@ def _convolution(
     return [(len(x) * positions * weight.numel(), (weight,))]
 
 
+def _one_way(out: Tensor, x: Tensor, weight: Tensor, *_: object) -> Products:
+    return _convolution(out, x, weight, None, None, None, None, transposed=False)
+
+
 def _bilinear(out: Tensor, a: Tensor, weight: Tensor, *_: object) -> Products:
     return [(out.numel() // len(weight) * weight.numel(), (weight,))]
 
@@ -152,15 +163,23 @@ def _cudnn_rnn(out: object, x: Tensor, weights: Sequence[Tensor], *_: object) ->
     return [(steps * weight.numel(), (weight,)) for weight in weights if weight.dim() == 2]
 
 
+# torch.utils.flop_counter lacks some of them, and does not say which operand is the weight
 _PRODUCTS: dict[str, Callable[..., Products]] = {
     "mm": _matmul,
     "bmm": _matmul,
     "mv": _matmul,
     "dot": _matmul,
+    "_int_mm": _matmul,
+    "_scaled_mm": _matmul,
     "addmm": _add_matmul,
+    "addbmm": _add_matmul,
     "baddbmm": _add_matmul,
     "addmv": _add_matmul,
     "convolution": _convolution,
+    "_convolution": _convolution,
+    "convolution_overrideable": _convolution,
+    "cudnn_convolution": _one_way,
+    "_slow_conv2d_forward": _one_way,
     "_trilinear": _bilinear,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention": _attention,
@@ -169,6 +188,11 @@ _PRODUCTS: dict[str, Callable[..., Products]] = {
     "mkldnn_rnn_layer": _onednn_rnn,
     "_cudnn_rnn": _cudnn_rnn,
 }
+
+
+def nonzeros(tensor: Tensor) -> int:
+    """How many values of ``tensor`` are not zero."""
+    return int((tensor != 0).count_nonzero())  # of float8 itself there is no count_nonzero
 
 
 def _storage(tensor: Tensor) -> int:

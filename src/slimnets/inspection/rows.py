@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from slimnets.artifact.container import stored_bytes
-from slimnets.inspection.macs import Macs
+from slimnets.inspection.macs import Macs, nonzeros
 from slimnets.lowrank.modules import LowRankPair, weights_of
 
 
@@ -79,7 +79,7 @@ def count_rows(network: nn.Module, macs: Mapping[str, Macs] | None = None) -> tu
             name=name,
             kind=type(layer).__name__ + (f" tied to {', '.join(tied)}" if tied else ""),
             weights=sum(weight.numel() for weight in new),
-            nonzeros=sum(int(weight.count_nonzero()) for weight in new),
+            nonzeros=sum(map(nonzeros, new)),
             bytes=sum(sizes.get(path, 0) for path in inside),
             rank=layer.rank if isinstance(layer, LowRankPair) else None,
             dead_channels=_dead_channels(layer),
