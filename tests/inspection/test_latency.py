@@ -1,8 +1,10 @@
 """Passes take turns, and leave nothing behind."""
 
 import itertools
+import random
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -34,17 +36,19 @@ def test_spread() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_modes_and_random_state_come_back(fails: bool) -> None:
+def test_modes_and_random_states_come_back(fails: bool) -> None:
     network = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(3))
     network[0].eval()
     state = torch.get_rng_state()
+    states = random.getstate(), np.random.get_state()[2]
     try:
         with undisturbed(network):
             assert not any(module.training for module in network.modules())
-            torch.rand(5)
+            torch.rand(5), random.random(), np.random.rand()
             if fails:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         assert fails
     assert [module.training for module in network.modules()] == [True, False, True]
     assert torch.equal(torch.get_rng_state(), state)
+    assert (random.getstate(), np.random.get_state()[2]) == states

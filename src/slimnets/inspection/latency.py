@@ -1,11 +1,13 @@
 """How long a forward pass takes, measured side by side with another one."""
 
+import random
 import statistics
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -58,16 +60,20 @@ def measure(
 
 @contextmanager
 def undisturbed(*networks: nn.Module) -> Iterator[None]:
-    """Put ``networks`` in eval mode for a while, and their modes and the random state back."""
+    """Put ``networks`` in eval mode for a while, and their modes and the random states back."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     devices = {device_of(network) for network in networks} - {torch.device("cpu")}
     kind = next(iter(devices)).type if devices else "cuda"  # torch 2.6 takes no None
+    drawn, drawn_of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices, device_type=kind):
         try:
             for network in networks:
                 network.eval()
             yield
         finally:
+            # Lightning's isolate_rng puts nothing back after an error
+            random.setstate(drawn)
+            np.random.set_state(drawn_of_numpy)
             for module, training in modes:
                 module.training = training
 

@@ -122,9 +122,10 @@ def summarize(
 ) -> Summary:
     """Count what is in ``model`` and, given an input, measure what it costs to run.
 
-    The network runs in eval mode; training flags, batch norm's statistics and the random state are
-    as before afterwards. Latency is the median over forward passes under ``torch.inference_mode``
-    with as many threads as PyTorch is set to; a baseline takes turns with it, A B A B.
+    The network runs in eval mode; training flags, batch norm's statistics and the random states of
+    PyTorch, NumPy and Python are as before afterwards. Latency is the median over forward passes
+    under ``torch.inference_mode`` with as many threads as PyTorch is set to; a baseline takes turns
+    with it, A B A B.
 
     Args:
         model: The network; of a :class:`slimnets.DistillationModule`, its student. A compiled or
