@@ -1,9 +1,11 @@
 """What a network is called with: a tensor, several, or whatever holds them."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def arguments_in(example_input: Any) -> tuple[Any, ...]:
@@ -13,6 +15,42 @@ def arguments_in(example_input: Any) -> tuple[Any, ...]:
     """
     is_plain = isinstance(example_input, tuple) and not hasattr(example_input, "_fields")
     return example_input if is_plain else (example_input,)
+
+
+def arguments_for(network: nn.Module, example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``forward`` of ``network`` is called with, as far as possible by position.
+
+    Args:
+        network: Whose names the keys of a dictionary are.
+        example_input: A dictionary of keyword arguments, or as for :func:`arguments_in`.
+
+    Returns:
+        The positional arguments, with the defaults of those between them, and the others by name.
+
+    Raises:
+        TypeError: If a dictionary lacks an argument, or ``forward`` has none of a key's name.
+
+    Examples:
+        >>> arguments_for(nn.Bilinear(1, 1, 1), {"input2": 2, "input1": 1})
+        ((1, 2), {})
+    """
+    if not isinstance(example_input, Mapping):
+        return arguments_in(example_input), {}
+    try:
+        signature = inspect.signature(network.forward)
+    except ValueError:  # what torch.jit.trace has made has none
+        return (), dict(example_input)
+    try:
+        bound = signature.bind(**example_input)
+    except TypeError as error:
+        raise TypeError(f"example_input: {error} of forward{signature}") from None
+    between: dict[str, Any] = {}
+    for name, parameter in signature.parameters.items():
+        if name in bound.arguments:
+            bound.arguments.update(between)
+        elif parameter.default is not parameter.empty:
+            between[name] = parameter.default
+    return bound.args, bound.kwargs
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -82,6 +82,28 @@ def test_forms_of_input(example: Any) -> None:
     assert "input (2, 1, 6, 6) on cpu, 1 thread" in str(summary)
 
 
+class ByPosition(nn.Module):
+    """Runs a network in a way of its own for positional arguments only, as ``accelerate`` does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.compressed_network = network
+        self.calls = 0
+
+    def forward(self, images: Tensor, *rest: Any, **named: Any) -> Any:
+        self.calls += not named
+        return self.compressed_network(images, *rest, **named)
+
+
+def test_a_dictionary_is_given_by_the_names_of_the_network_and_by_position() -> None:
+    model = ByPosition(Net())
+    summary = summarize(model, {"scale": 2.0, "images": IMAGES})
+    assert summary.total.macs == 2 * 16 * 72 + 2 * 32
+    assert model.calls >= 10
+    with pytest.raises(TypeError, match="example_input: missing a required argument: 'images'"):
+        summarize(model, {"scale": 2.0})
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_network_is_as_it_was(fails: bool) -> None:
     network = Net()

@@ -1,7 +1,7 @@
 """What is in a network and what it costs: weights, zeros, ranks, operations, bytes and time."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 
-from slimnets.inputs import arguments_in, tensors_in
+from slimnets.inputs import arguments_for, tensors_in
 from slimnets.inspection import table
 from slimnets.inspection.latency import Spread, device_of, measure, undisturbed
 from slimnets.inspection.macs import count_macs
@@ -139,7 +139,8 @@ def summarize(
         The rows, their total and the ratios; print it for a table.
 
     Raises:
-        TypeError: If ``model`` or ``baseline`` is not a network.
+        TypeError: If ``model`` or ``baseline`` is not a network, or a dictionary's keys are not the
+            names of its arguments.
         ValueError: If a lazy layer has no weights yet.
 
     Examples:
@@ -193,10 +194,9 @@ def _check(argument: str, model: nn.Module) -> None:
 
 def _forward(network: nn.Module, example_input: Any) -> Callable[[], object]:
     moved = move_data_to_device(example_input, device_of(network))
-    if isinstance(moved, Mapping):
-        return lambda: network(**moved)
-    arguments = arguments_in(moved)
-    return lambda: network(*arguments)
+    # by position, for which alone an accelerated network is fast
+    args, kwargs = arguments_for(compressed_network(network), moved)
+    return lambda: network(*args, **kwargs)
 
 
 def _compare(
