@@ -82,8 +82,8 @@ def test_a_lazy_network_takes_dense_weights_and_no_pairs(tmp_path: Path) -> None
     slimnets.save(slimnets.factorize(dense, RANK), tmp_path / "pairs")
     fresh = lazy()
     reasons = {row.reason for row in plan(fresh, RANK)}
-    assert reasons == {"it has no shape yet; run a batch through the network first"}
-    with pytest.raises(slimnets.ArtifactError, match="it has no shape yet; run a batch"):
+    assert reasons == {"it has no values yet; run one batch through the network first"}
+    with pytest.raises(slimnets.ArtifactError, match="it has no values yet; run one batch"):
         slimnets.load(tmp_path / "pairs", fresh)
     assert isinstance(fresh[0], nn.LazyConv2d)
     slimnets.load(tmp_path / "dense", fresh)

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +17,12 @@ from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
 
 T = TypeVar("T")
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers that are as wide as floats of so many bytes, for a look at their bits."""
+
+LAZY = "has no values yet; run one batch through the network first"
+"""What is wrong with a lazy parameter."""
 
 _COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 
@@ -216,9 +223,7 @@ def refuse_lazy(network: nn.Module, argument: str) -> None:
     """Raise ValueError, which names ``argument``, if a lazy layer has no weights yet."""
     for name, tensor in chain(network.named_parameters(), network.named_buffers()):
         if is_lazy(tensor):
-            raise ValueError(
-                f"{argument}: {name!r} has no values yet; run one batch through the network first"
-            )
+            raise ValueError(f"{argument}: {name!r} {LAZY}")
 
 
 def plain_name(name: str) -> str:

@@ -125,7 +125,7 @@ def test_huge_and_almost_empty() -> None:
         (torch.eye(3).to_sparse(), "only plain dense"),
         (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "plain"),
         (torch.empty(3, device="meta"), "meta device"),
-        (nn.LazyLinear(3).weight, "not initialized"),
+        (nn.LazyLinear(3).weight, "no values yet; run one batch"),
     ],
     ids=["coo", "nested", "meta", "lazy"],
 )

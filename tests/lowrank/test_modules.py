@@ -175,7 +175,7 @@ REFUSED = {
     "transposed": (lambda: nn.ConvTranspose2d(4, 4, 3), "ConvTranspose2d is not supported"),
     "3d": (lambda: nn.Conv3d(4, 4, 3), "Conv3d is not supported"),
     "grouped": (lambda: nn.Conv2d(4, 4, 3, groups=2), r"grouped \(groups=2\)"),
-    "lazy": (lambda: nn.LazyLinear(4), "no shape yet"),
+    "lazy": (lambda: nn.LazyLinear(4), "no values yet"),
     "parametrized": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
         "computed from other parameters",

@@ -54,7 +54,7 @@ def test_every_layer_has_its_rank_or_a_reason():
         "transposed": "ConvTranspose2d is not supported",
         "conv3d": "Conv3d is not supported",
         "normed": "its weight is computed from other parameters",
-        "lazy": "it has no shape yet; run a batch through the network first",
+        "lazy": "it has no values yet; run one batch through the network first",
         "meta": "it is on the meta device and has no values yet",
         "lstm": "LSTM is not supported",
         "attention": "MultiheadAttention is not supported",

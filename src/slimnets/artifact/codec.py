@@ -45,6 +45,7 @@ from slimnets.artifact.streams import (
     split,
     unhuffman,
 )
+from slimnets.layers import LAZY
 
 STREAMS = ("masks", "gaps", "scales", "high", "low")
 
@@ -207,7 +208,7 @@ def tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 def _refuse_special(tensor: torch.Tensor) -> None:
     if is_lazy(tensor):
-        raise TypeError("a lazy parameter is not initialized before the first forward pass")
+        raise TypeError(f"a lazy parameter {LAZY}")
     if type(tensor.detach()) is not torch.Tensor or tensor.layout is not torch.strided:
         kind = f"{type(tensor).__name__} of layout {tensor.layout}"
         raise TypeError(f"only plain dense tensors can be stored, not a {kind}")

@@ -11,10 +11,9 @@ from torch.nn.parameter import is_lazy
 from slimnets.artifact.codec import decode, same_bits, tied
 from slimnets.artifact.container import PathLike, naming, pack, place_of, read, write
 from slimnets.artifact.streams import ArtifactError
-from slimnets.layers import compressed_network, paths_in, plain_name, replace
+from slimnets.layers import INTEGERS, compressed_network, paths_in, plain_name, replace
 from slimnets.lowrank.modules import restructure
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as floats of so many bytes
 _MANY = 0.01  # share of negative zeros that is worth a warning
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -221,7 +220,7 @@ def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def _warn_of_negative_zeros(path: PathLike, state: Mapping[str, torch.Tensor]) -> None:
     floats = [t for t in state.values() if t.is_floating_point() and t.itemsize > 1]
-    integers = [t.view(_INTEGERS[t.itemsize]) for t in floats]  # the sign alone is the least
+    integers = [t.view(INTEGERS[t.itemsize]) for t in floats]  # the sign alone is the least
     negative = sum(int((t == torch.iinfo(t.dtype).min).count_nonzero()) for t in integers)
     if negative > _MANY * sum(t.numel() for t in floats):
         rank_zero_warn(

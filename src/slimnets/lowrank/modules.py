@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from slimnets.layers import computes_as, is_parametrized, replace
+from slimnets.layers import LAZY, computes_as, is_parametrized, replace
 from slimnets.lowrank.decompose import matrix_shape_of_pair
 from slimnets.lowrank.pair import Layer, empty_dense, empty_pair, kind_of
 from slimnets.lowrank.pair import LowRankPair as LowRankPair
@@ -51,7 +51,7 @@ def refusal(layer: nn.Module) -> str:
     if kind is None:
         return f"{type(layer).__name__} is not supported"
     if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
-        return "it has no shape yet; run a batch through the network first"
+        return f"it {LAZY}"
     if is_parametrized(layer):
         return "its weight is computed from other parameters"
     layer = cast(Layer, layer)

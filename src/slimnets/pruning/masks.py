@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from slimnets.layers import INTEGERS
+
 _DIGIT = 16  # bits that one pass over the scores settles; float32 has two such digits
 _BINS = 1 << _DIGIT
 _CHUNK = 1 << 18  # what is worked on at a time, so that what is computed from it stays in the cache
-_BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def lowest(scores: Sequence[Tensor], k: int) -> tuple[list[Tensor], float]:
@@ -56,7 +57,7 @@ def zero_(values: Tensor, chosen: Tensor) -> None:
         values: Of any shape and floating-point dtype.
         chosen: Bool, of the same shape and on the same device.
     """
-    bits = _BITS_OF.get(values.element_size())
+    bits = INTEGERS.get(values.element_size())
     is_flat = values.is_contiguous() and chosen.is_contiguous()
     if bits is None or not is_flat or values.device.type != "cpu":
         values.masked_fill_(chosen, 0)
