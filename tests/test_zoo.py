@@ -71,7 +71,7 @@ def test_every_situation_is_expected() -> None:
 def test_a_network_without_weights_is_refused_by_name() -> None:
     outcome = check(NETWORKS["lazy"])
     assert outcome.wrong == ""
-    assert outcome.refused.startswith("layer '0' (LazyConv2d) has no weights yet; run one batch")
+    assert outcome.refused.startswith("layer '0' (LazyConv2d) has no values yet; run one batch")
 
 
 def test_a_lazy_network_takes_dense_weights_and_no_pairs(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_network_without_layers():
 
 
 def test_lazy_layers_have_to_be_materialised_first():
-    with pytest.raises(ValueError, match=r"'0' \(LazyLinear\) has no weights yet; run one batch"):
+    with pytest.raises(ValueError, match=r"'0' \(LazyLinear\) has no values yet; run one batch"):
         names(nn.Sequential(nn.LazyLinear(3)))
 
 

@@ -1,5 +1,6 @@
 """Pruning without a Trainer."""
 
+import logging
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ from slimnets.pruning.weights import (
     Sparsity,
     check_scope,
     check_sparsity,
+    left_unasked,
     target_sparsity,
-    warn_of_left_alone,
 )
+
+log = logging.getLogger(__name__)
 
 
 def prune(
@@ -61,7 +64,8 @@ def prune(
         raise ValueError(f"model: {empty[0]!r} is on the meta device, without values to prune")
     pruner = Pruner(parameters, targets, criterion, scope)
     pruner.try_criterion(parameters)
-    warn_of_left_alone("prune", network, sparsity, exclude)
+    for what in left_unasked(network, sparsity, exclude):
+        log.warning("prune leaves %s", what)
     warn_of_empty(pruner.emptied())
     pruner.grow(targets)
     pruner.apply(parameters)

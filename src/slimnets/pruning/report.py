@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from slimnets.layers import Selector
 from slimnets.pruning.pruner import Pruner, warn_of_empty
 from slimnets.pruning.span import Span
-from slimnets.pruning.weights import Sparsity, warn_of_left_alone
+from slimnets.pruning.weights import Sparsity, left_unasked
 
 
 def scalars(pruner: Pruner, due: Mapping[Pruner, Mapping[str, float]]) -> dict[str, float]:
@@ -39,7 +39,8 @@ def warn_at_start(
     network: nn.Module, pruner: Pruner, sparsity: Sparsity, exclude: Sequence[Selector]
 ) -> None:
     """Name what is left alone unasked, what begins too sparse, and what will be empty."""
-    warn_of_left_alone("GradualPrune", network, sparsity, exclude)
+    for what in left_unasked(network, sparsity, exclude):
+        rank_zero_warn(f"GradualPrune leaves {what}")
     if overfull := pruner.overfull():
         shares = ", ".join(f"{name!r} with {share:.1%}" for name, share in overfull.items())
         rank_zero_warn(

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Literal, TypeAlias
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from slimnets.layers import (
+    LAZY,
     Selector,
     Selectors,
     as_selectors,
@@ -68,10 +68,7 @@ def prunable_weights(
             continue
         for key, parameter in _weights_of(layer).items():
             if is_lazy(parameter):
-                raise ValueError(
-                    f"layer {name!r} ({type(layer).__name__}) has no weights yet; "
-                    "run one batch through the network before pruning it"
-                )
+                raise ValueError(f"layer {name!r} ({type(layer).__name__}) {LAZY}")
             if parameter.numel() and place_of(parameter) not in out:
                 out.add(place_of(parameter))
                 found[_path(name, key)] = parameter
@@ -115,19 +112,18 @@ def left_alone(network: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def warn_of_left_alone(
-    who: str, network: nn.Module, sparsity: Sparsity, exclude: Iterable[Selector]
-) -> None:
-    """Name what a user would expect to be pruned and ``who`` does not prune, and why."""
+def left_unasked(network: nn.Module, sparsity: Sparsity, exclude: Iterable[Selector]) -> list[str]:
+    """What is left alone and was not excluded, and why: a sentence's end for each reason."""
     alone: dict[str, list[str]] = {}
     modules = dict(network.named_modules())
     for name, reason in left_alone(network).items():
         asked = not isinstance(sparsity, Mapping) or any(glob_matches(name, g) for g in sparsity)
         if asked and not any(matches(name, modules, one) for one in exclude):
             alone.setdefault(reason, []).append(repr(name))
-    for reason, names in alone.items():
-        which = names[0] if len(names) == 1 else f"each of {', '.join(names)}"
-        rank_zero_warn(f"{who} leaves {which} alone: {reason}")
+    return [
+        f"{names[0] if len(names) == 1 else 'each of ' + ', '.join(names)} alone: {reason}"
+        for reason, names in alone.items()
+    ]
 
 
 def _path(layer: str, key: str) -> str:
