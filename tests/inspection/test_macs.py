@@ -253,3 +253,12 @@ def test_convolutions_of_a_traced_network_are_counted() -> None:
     half_zero(layer.weight)
     expected = 2 * 6 * 36 * 4 * 9
     assert count(torch.jit.trace(layer, images), images) == {"": (expected, expected // 2)}
+
+
+def test_zeros_count_in_a_weight_that_autocast_casts() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 4))
+    for layer in (network[0], network[2]):
+        layer.weight.data[: len(layer.weight) // 2] = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        found = count_macs(network, lambda: network(torch.randn(2, 3, 6, 6)))
+    assert {name: one.effective / one.dense for name, one in found.items()} == {"0": 0.5, "2": 0.5}

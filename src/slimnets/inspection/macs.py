@@ -67,6 +67,7 @@ class _Counter(TorchDispatchMode):
         for name, module in self.modules.items():
             for parameter in module.parameters(recurse=False):
                 self.owners.setdefault(_storage(parameter), []).append(name)
+        self.copies: list[Tensor] = []
         self.running = [""]
         self.found: dict[str, Macs] = {}
 
@@ -93,6 +94,9 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         operator = getattr(func, "_overloadpacket", func)  # one of higher order has no overloads
+        if operator is torch.ops.aten._to_copy and (owners := self.owners.get(_storage(args[0]))):
+            self.owners[_storage(out)] = owners  # autocast multiplies by copies of the weights
+            self.copies.append(out)  # or another tensor might have its storage
         if products := _PRODUCTS.get(operator.__name__):
             for macs, operands in products(out, *args):
                 self.add(macs, operands)

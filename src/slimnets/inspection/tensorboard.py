@@ -90,7 +90,7 @@ def log_summary(trainer: L.Trainer) -> None:
     module, precision = trainer.lightning_module, trainer.precision_plugin
     example = precision.convert_input(example_of(module))
     try:
-        # autocast multiplies by copies of the weights, whose zeros are nobody's
+        # as it is saved, not as it trains: without autocast
         with precision.forward_context(), torch.autocast(module.device.type, enabled=False):
             summary = summarize(module, example)
     except Exception as error:
