@@ -28,6 +28,7 @@ def of(forward: Callable[..., Any]) -> nn.Module:
         (lambda *args, **kwargs: 0, {"x": 1}, ((), {"x": 1})),
         (lambda x, y: 0, (1, 2), ((1, 2), {})),
         (lambda x: 0, ({"x": 1},), (({"x": 1},), {})),
+        (lambda x: 0, [1, 2], (([1, 2],), {})),
     ],
 )
 def test_arguments_go_by_position_where_they_can(
@@ -40,6 +41,7 @@ def test_arguments_go_by_position_where_they_can(
     ("given", "message"),
     [
         ({"x": 1}, "example_input: missing a required argument: 'y' of forward"),
+        ([1, 2], "example_input: got a list, .* give a tuple"),
         ({"x": 1, "y": 2, "z": 3}, r"unexpected keyword argument 'z' of forward\(x, y\)"),
     ],
 )

@@ -28,13 +28,19 @@ def arguments_for(network: nn.Module, example_input: Any) -> tuple[tuple[Any, ..
         The positional arguments, with the defaults of those between them, and the others by name.
 
     Raises:
-        TypeError: If a dictionary lacks an argument, or ``forward`` has none of a key's name.
+        TypeError: If a dictionary lacks an argument, or ``forward`` has none of a key's name; if it
+            is a list and ``forward`` takes several arguments.
 
     Examples:
         >>> arguments_for(nn.Bilinear(1, 1, 1), {"input2": 2, "input1": 1})
         ((1, 2), {})
     """
     if not isinstance(example_input, Mapping):
+        if isinstance(example_input, list) and not _fits(network, example_input):
+            raise TypeError(
+                "example_input: got a list, which is one argument, and forward takes several; give "
+                "a tuple of them"
+            )
         return arguments_in(example_input), {}
     try:
         signature = inspect.signature(network.forward)
@@ -51,6 +57,17 @@ def arguments_for(network: nn.Module, example_input: Any) -> tuple[tuple[Any, ..
         elif parameter.default is not parameter.empty:
             between[name] = parameter.default
     return bound.args, bound.kwargs
+
+
+def _fits(network: nn.Module, *args: Any) -> bool:
+    """Whether ``forward`` can be called with ``args``, as far as its signature tells."""
+    try:
+        inspect.signature(network.forward).bind(*args)
+    except TypeError:
+        return False
+    except ValueError:  # as above
+        pass
+    return True
 
 
 def tensors_in(value: Any) -> list[Tensor]:
