@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from slimnets.acceleration.export import export, simplified
 
@@ -158,6 +158,16 @@ def test_a_linear_layer_on_the_width_reads_no_channels():
         model[0].weight[1], model[0].bias[1] = 0.0, 0.0
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(simplified(model, (x,))(x), model(x))
+
+
+def test_an_image_without_a_batch_keeps_its_channels():
+    layers = (nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(1), nn.Linear(64, 3))
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 8, 8)
+    with torch.no_grad():
+        model[0].weight[1] = 0.0
+    small = simplified(model, (x,))
+    assert isinstance(small, fx.GraphModule)  # not the network itself, for want of a right graph
+    torch.testing.assert_close(small(x), model(x))
 
 
 class Running(nn.Module):

@@ -75,6 +75,8 @@ def _remove(
     channels = len(one.weight)
     if isinstance(one, nn.Linear) and isinstance(two, nn.Conv2d):
         return 0
+    if isinstance(one, nn.Conv2d) and len(first.meta["shape"]) != 4:
+        return 0  # an image without a batch: what is flattened from the first dimension is the rows
     if isinstance(one, nn.Linear) and len(first.meta["shape"]) != 2:
         channels = 0  # the last dimension, unless something was flattened in between
     if isinstance(one, nn.Conv2d) and isinstance(two, nn.Linear):
