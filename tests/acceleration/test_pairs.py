@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from slimnets.acceleration.module import accelerate
-from slimnets.acceleration.pairs import has_pairs, pairs_or_products
+from slimnets.acceleration.pairs import pairs_or_products
 from slimnets.lowrank.factorize import factorize
-from slimnets.lowrank.modules import LowRankPair
+from slimnets.lowrank.modules import LowRankPair, pairs_of
 
 
 def factorized() -> nn.Module:
@@ -16,7 +16,7 @@ def factorized() -> nn.Module:
 
 def test_a_pair_computes_the_same_pruned_or_not():
     network, x = factorized(), torch.randn(2, 16, 8, 8)
-    assert has_pairs(network)
+    assert pairs_of(network)
     for density in (1.0, 0.1):
         with torch.no_grad():
             for parameter in network.parameters():
@@ -33,7 +33,7 @@ def test_only_what_is_faster_is_multiplied_out():
 
     def times(of: nn.Module) -> dict[str, float]:
         pairs = {"0.first": 1.0, "0.second": 1.0, "3.first": 1.0, "3.second": 1.0}
-        return pairs if has_pairs(of) else {"0": 1.5, "3": 2.5}
+        return pairs if pairs_of(of) else {"0": 1.5, "3": 2.5}
 
     with torch.no_grad():
         expected = network(x)

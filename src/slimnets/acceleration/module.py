@@ -15,7 +15,7 @@ from slimnets.acceleration.attention import traceable
 from slimnets.acceleration.choose import EAGER, ENGINE, Choice, choose
 from slimnets.acceleration.inside import opaque, swap_layers
 from slimnets.acceleration.measure import fastest, shortest_times
-from slimnets.acceleration.pairs import has_pairs, pairs_or_products
+from slimnets.acceleration.pairs import pairs_or_products
 from slimnets.acceleration.prepare import (
     copied,
     copy_for_inference,
@@ -29,6 +29,7 @@ from slimnets.acceleration.report import Report
 from slimnets.acceleration.trace import version_of, versions_of
 from slimnets.inputs import tensors_in
 from slimnets.layers import compressed_network
+from slimnets.lowrank.modules import pairs_of
 
 LEAST_GAIN = 1.05
 BY_VALUE = (
@@ -184,7 +185,7 @@ def _fastest(
     report = Report(threads=torch.get_num_threads())
     network = traceable(original)
     graph = graph_of(network, example, expected)
-    if graph is not None and has_pairs(network):
+    if graph is not None and pairs_of(network):
         network = pairs_or_products(network, lambda n: _times(n, example, expected))
         graph = graph_of(network, example, expected)
     if graph is None:

@@ -7,12 +7,7 @@ from torch import nn
 from slimnets.acceleration.attention import traceable
 from slimnets.layers import replace
 from slimnets.lowrank.factorize import merge
-from slimnets.lowrank.modules import LowRankPair
-
-
-def has_pairs(network: nn.Module) -> bool:
-    """Whether a layer of ``network`` is factorized."""
-    return any(isinstance(m, LowRankPair) for m in network.modules())
+from slimnets.lowrank.modules import pairs_of
 
 
 def pairs_or_products(
@@ -26,8 +21,8 @@ def pairs_or_products(
     """
     products = merge(traceable(network))
     of_pairs, of_products = times(network), times(products)
-    for name, module in list(network.named_modules()):
-        if not isinstance(module, LowRankPair) or name not in of_products:
+    for name in pairs_of(network):
+        if name not in of_products:
             continue
         halves = [f"{name}.{half}" if name else half for half in ("first", "second")]
         known = all(half in of_pairs for half in halves)
