@@ -5,11 +5,13 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from enum import Enum
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from slimnets.acceleration.export import export
 from slimnets.acceleration.module import accelerate
 from slimnets.acceleration.prepare import graph_of, same_draws, simplify
 from slimnets.acceleration.trace import trace
@@ -267,6 +269,22 @@ def test_a_network_that_draws_random_numbers_is_compared_with_the_same_ones():
     assert graph is not None
     assert not torch.equal(graph(x), graph(x))
     assert accelerate(network, x).report.note != NOTHING_IS_THE_SAME
+
+
+class EveryGenerator(Noisy):
+    def forward(self, x):
+        return super().forward(x) + random.random() + np.random.rand()
+
+
+@pytest.mark.parametrize("kind", [Noisy, EveryGenerator], ids=["a graph", "no graph"])
+@pytest.mark.parametrize("to", ["accelerated", "file.pt2"])
+def test_generators_are_left_as_they_were(kind, to, tmp_path):
+    network, x = kind().eval(), torch.randn(2, 3, 8, 8)
+    L.seed_everything(0, verbose=False)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    accelerate(network, x) if to == "accelerated" else export(network, x, tmp_path / to)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
 NOTHING_IS_THE_SAME = "Nothing that was tried computes the same: the network stays as it is."

@@ -61,7 +61,7 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
         extra = "executorch" if path.suffix == ".pte" else "slimnets[export]"
         raise ImportError(f"{path.suffix} needs {' and '.join(missing)}: pip install {extra}")
     example = positional(model, example_input)
-    with torch.no_grad():
+    with torch.no_grad(), same_draws():  # the caller's generators stay where they are
         network = simplified(compressed_network(model), example)
         _write(network, _at_least_two(example), path)
     return path

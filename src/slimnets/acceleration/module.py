@@ -154,7 +154,7 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
     """
     example = positional(model, example_input)
     original = copy_for_inference(compressed_network(model))
-    with torch.no_grad():
+    with torch.no_grad(), same_draws():  # the caller's generators stay where they are
         original(*copied(example))  # what is made at the first run is there at the next
         versions = versions_of(original)
         given = _state_of(example)
