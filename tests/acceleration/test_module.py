@@ -1,7 +1,10 @@
 """Whole networks, accelerated: the same results, whatever is done with them afterwards."""
 
 import copy
+import os
 import pickle
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import slimnets
+from slimnets.acceleration import codes
 from slimnets.acceleration.module import Accelerated, accelerate
 from tests.acceleration.networks import TOLERANCE, prune, transformer, vgg
 
@@ -124,8 +128,6 @@ def test_a_single_layer_and_a_shared_one():
 
 
 WITHOUT_NUMBA = """
-import sys
-sys.modules["numba"] = None
 import torch
 from torch import nn
 from slimnets.acceleration import accelerate
@@ -142,16 +144,38 @@ with torch.no_grad():
     assert "engine" not in fast.report.tried and "dense" in fast.report.tried
     x = torch.randn(3, 32, 16, 16)
     torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
-print([row.choice for row in fast.report.rows])
+print([row.choice for row in fast.report.rows], fast.report.note)
 """
 
 
-def test_without_numba():
+def test_without_numba(tmp_path):
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less')")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, check=False
+        [sys.executable, "-c", WITHOUT_NUMBA],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
     assert "sparse kernel" not in done.stdout
+    assert "cannot be used here: Numba needs NumPy 2.3 or less" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("numba", "note"),
+    [
+        ("raise ModuleNotFoundError('No Numba', name='numba')", "missing.*: pip install slimnets"),
+        ("import llvmlight", "cannot be used here: No module named 'llvmlight'$"),
+        ("raise OSError('no libllvmlite.so')", "cannot be used here: no libllvmlite.so$"),
+    ],
+)
+def test_why_there_is_no_engine(numba, note, tmp_path, monkeypatch):
+    (tmp_path / "numba.py").write_text(numba)
+    monkeypatch.delitem(sys.modules, "numba", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert re.search(note, runpy.run_path(codes.__file__)["NO_ENGINE"])
 
 
 def test_parametrized_and_masked_layers_go_on_working():

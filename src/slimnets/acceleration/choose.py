@@ -8,19 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from slimnets.acceleration.codes import NO_ENGINE
 from slimnets.acceleration.dense import csr, exchange, following_relu, packed
 from slimnets.acceleration.measure import shortest_times
 from slimnets.acceleration.nodes import Recorder, module_of
 from slimnets.acceleration.report import Row
 from slimnets.acceleration.steps import is_full
 
-try:
+if not NO_ENGINE:
     from slimnets.acceleration.partition import annotate, cut
     from slimnets.acceleration.region import Region
-
-    ENGINE = True
-except ImportError:  # Numba is not installed
-    ENGINE = False
 
 FEW_SECONDS = 0.2
 CSR_FROM = 0.6
@@ -79,7 +76,7 @@ def choose(
 
     add("dense", _variant(traced, layers, set()), set())
     add("dense, channels last", _channels_last(_variant(traced, layers, set())), set())
-    if ENGINE and layers:
+    if layers and not NO_ENGINE:
         computable = annotate(traced)
         inside = set(layers) & computable
         whole = _variant(traced, layers, computable)

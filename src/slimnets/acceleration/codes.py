@@ -30,8 +30,13 @@ try:
 
     _chosen = config.CPU_FEATURES  # type: ignore[attr-defined]
     _features = (get_host_cpu_features() if _chosen is None else _chosen).split(",")
-except ImportError:  # Numba is not installed, and nothing runs this table
+    NO_ENGINE = ""
+except Exception as error:  # also OSError and SystemError, where it does not fit LLVM or NumPy
     _features = []
+    if isinstance(error, ModuleNotFoundError) and error.name == "numba":
+        NO_ENGINE = "Numba is missing, and with it the engine: pip install slimnets[fast]"
+    else:
+        NO_ENGINE = f"Numba, and with it the engine, cannot be used here: {error}"
 
 IMPORT, EXPORT, CONV, POOL, ADD, PHASE, COPY, DENSE = range(8)
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_flatten
 
 from slimnets.acceleration.attention import traceable
-from slimnets.acceleration.choose import EAGER, ENGINE, Choice, choose
+from slimnets.acceleration.choose import EAGER, Choice, choose
+from slimnets.acceleration.codes import NO_ENGINE
 from slimnets.acceleration.inside import opaque, swap_layers
 from slimnets.acceleration.measure import fastest, shortest_times
 from slimnets.acceleration.pairs import pairs_or_products
@@ -182,7 +183,7 @@ def _state_of(arguments: tuple[Any, ...]) -> Any:
 def _fastest(
     original: nn.Module, example: tuple[Any, ...], expected: Any
 ) -> tuple[nn.Module | None, Report]:
-    report = Report(threads=torch.get_num_threads())
+    report = Report(threads=torch.get_num_threads(), note=NO_ENGINE)
     network = traceable(original)
     graph = graph_of(network, example, expected)
     if graph is not None and pairs_of(network):
@@ -191,14 +192,14 @@ def _fastest(
     if graph is None:
         rows = swap_layers(network, example)
         choice = Choice({"layers": network}, {"layers": rows})
-        report.note = "The network cannot be traced: only single layers have been exchanged."
+        _say(report, "The network cannot be traced: only single layers have been exchanged.")
     else:
         choice = _of_graph(graph, example)
     variants = {n: v for n, v in choice.variants.items() if same_results(v, example, expected)}
     if isinstance(expected, Tensor) and expected.is_contiguous():
         variants = {name: _Contiguous(variant) for name, variant in variants.items()}
     if not variants:
-        report.note = "Nothing that was tried computes the same: the network stays as it is."
+        _say(report, "Nothing that was tried computes the same: the network stays as it is.")
         return None, report
     calls: dict[str, Any] = {EAGER: lambda: original(*example)}
     calls.update({n: lambda v=v: v(*example) for n, v in variants.items()})
@@ -208,11 +209,13 @@ def _fastest(
     report.tried = {name: seconds * 1e3 for name, seconds in times.items()}
     report.rows = choice.rows.get(best, [])
     if best == EAGER:
-        report.note = "Nothing that was tried is faster: the network stays as it is."
+        _say(report, "Nothing that was tried is faster: the network stays as it is.")
         return None, report
-    if not ENGINE:
-        report.note = "Numba is missing, and with it the engine: pip install slimnets[fast]"
     return variants[best], report
+
+
+def _say(report: Report, note: str) -> None:
+    report.note = f"{note} {NO_ENGINE}".rstrip()
 
 
 def _times(network: nn.Module, example: tuple[Any, ...], expected: Any) -> dict[str, float]:
