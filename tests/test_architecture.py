@@ -11,6 +11,7 @@ SOURCE = Path(slimnets.__file__).parent
 
 # what a room may know of besides itself; the public names of the package know everything
 MAY_KNOW: dict[str, set[str]] = {
+    "files": set(),
     "inputs": set(),
     "layers": set(),
     "text": set(),
@@ -20,9 +21,9 @@ MAY_KNOW: dict[str, set[str]] = {
     "pruning": {"layers", "trainer", "inspection", "lowrank.modules"},
     "lowrank": {"layers", "trainer", "inspection", "text"},
     "distillation": {"layers", "trainer", "lowrank.follow"},
-    "artifact": {"layers", "lowrank.modules"},
+    "artifact": {"files", "layers", "lowrank.modules"},
     "inspection": {"inputs", "layers", "trainer", "lowrank.modules", "artifact", "text"},
-    "acceleration": {"inputs", "layers", "lowrank.modules", "lowrank.factorize", "text"},
+    "acceleration": {"files", "inputs", "layers", "lowrank.modules", "lowrank.factorize", "text"},
 }
 
 

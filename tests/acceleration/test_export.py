@@ -1,5 +1,6 @@
 """Exported files, run in the runtimes they are for."""
 
+import resource
 import sys
 
 import pytest
@@ -133,6 +134,23 @@ def test_another_suffix(tmp_path):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"path='.*net\.pt2': there is no folder"):
         export(network(), torch.randn(1, 3, 8, 8), tmp_path / "gone" / "net.pt2")
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_full_disk_leaves_the_previous_file(tmp_path, suffix):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    path = tmp_path / f"net{suffix}"
+    export(nn.Linear(2, 2), torch.randn(2, 2), path)
+    previous, before = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            export(nn.Linear(512, 512), torch.randn(2, 512), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == previous
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -15,9 +15,10 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.prune import identity
 
 from slimnets.artifact.codec import same_bits
-from slimnets.artifact.container import inspect, pack, write
+from slimnets.artifact.container import inspect, pack
 from slimnets.artifact.file import load, save
 from slimnets.artifact.streams import ArtifactError
+from slimnets.files import write
 from slimnets.lowrank.factorize import factorize
 from slimnets.lowrank.modules import LowRankPair
 

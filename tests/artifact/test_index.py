@@ -17,10 +17,11 @@ from safetensors import numpy as safetensors
 from torch import Tensor, nn
 
 from slimnets.artifact.codec import decode, same_bits
-from slimnets.artifact.container import pack, read, write
+from slimnets.artifact.container import pack, read
 from slimnets.artifact.file import load
 from slimnets.artifact.index import VERSION
 from slimnets.artifact.streams import ArtifactError
+from slimnets.files import write
 
 # set SLIMNETS_MUTATIONS for more
 MUTATIONS = int(os.environ.get("SLIMNETS_MUTATIONS", "3000"))

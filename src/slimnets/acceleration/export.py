@@ -1,5 +1,6 @@
 """The compressed network for other runtimes."""
 
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -22,6 +23,7 @@ from slimnets.acceleration.prepare import (
     simplify,
 )
 from slimnets.acceleration.trace import versions_of
+from slimnets.files import target_of, written_whole
 from slimnets.layers import compressed_network
 
 PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript"), ".pte": ("executorch",)}
@@ -48,14 +50,14 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
     Raises:
         TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
         ValueError: If the suffix is another.
-        FileNotFoundError: If there is no such folder.
+        OSError: If there is no such folder, or the file cannot be written; what was there before is
+            left.
         ImportError: If a package for the format is missing.
     """
     path = Path(path)
     if path.suffix not in PACKAGES:
         raise ValueError(f"path={str(path)!r}: expected a name that ends in {', '.join(PACKAGES)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}")
+    target_of(path)  # or the error would come when all has been computed
     missing = [name for name in PACKAGES[path.suffix] if not find_spec(name)]
     if missing:
         extra = "executorch" if path.suffix == ".pte" else "slimnets[export]"
@@ -63,7 +65,8 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
     example = positional(model, example_input)
     with torch.no_grad(), same_draws():  # the caller's generators stay where they are
         network = simplified(compressed_network(model), example)
-        _write(network, _at_least_two(example), path)
+        with written_whole(path) as beside:
+            _write(network, _at_least_two(example), beside)
     return path
 
 
@@ -105,7 +108,9 @@ def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
         if mobile:
             path.write_bytes(_executorch(program))
         elif path.suffix == ".pt2":
-            torch.export.save(program, path)
+            # PyTorch's own writer ends the process where a disk is full
+            torch.export.save(program, archive := io.BytesIO())
+            path.write_bytes(archive.getbuffer())
         else:
             torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
 

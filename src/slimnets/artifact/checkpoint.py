@@ -7,8 +7,9 @@ from zipfile import is_zipfile
 
 import torch
 
-from slimnets.artifact.container import PathLike, naming, pack, write
+from slimnets.artifact.container import naming, pack
 from slimnets.artifact.streams import ArtifactError
+from slimnets.files import PathLike, write
 from slimnets.layers import plain_name
 
 

@@ -1,15 +1,13 @@
-"""The safetensors file around the streams: written whole or not at all, read with distrust."""
+"""The safetensors file around the streams, read with distrust."""
 
 import os
 import re
-import secrets
-import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +17,7 @@ from safetensors import numpy as safetensors
 from slimnets.artifact.codec import STREAMS, Coded, encode, pool, tied
 from slimnets.artifact.index import VERSION, FileInfo, dump, parse
 from slimnets.artifact.streams import ArtifactError, cost
-
-PathLike: TypeAlias = str | os.PathLike[str]
+from slimnets.files import PathLike
 
 _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(\w+)\.original\d*")
 
@@ -162,32 +159,6 @@ def read(path: PathLike) -> tuple[FileInfo, dict[str, bytes]]:
     if _checksum(streams) != info.checksum:
         raise ArtifactError("the checksum is wrong: the file is damaged")
     return info, streams
-
-
-def write(path: PathLike, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: If that fails; what was at ``path`` is still there.
-    """
-    target = Path(path).resolve()  # through a symbolic link, as an ordinary write goes
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"path={os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}; make it "
-            "first"
-        )
-    beside = target.with_name(f".slimnets-{secrets.token_hex(8)}.tmp")
-    try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, beside)
-        beside.replace(target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

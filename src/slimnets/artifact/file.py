@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from slimnets.artifact.codec import decode, same_bits, tied
-from slimnets.artifact.container import PathLike, naming, pack, place_of, read, write
+from slimnets.artifact.container import naming, pack, place_of, read
 from slimnets.artifact.streams import ArtifactError
+from slimnets.files import PathLike, write
 from slimnets.layers import INTEGERS, compressed_network, paths_in, plain_name, replace
 from slimnets.lowrank.modules import restructure
 
