@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 pytest.importorskip("numba", reason="the engine is compiled by numba")
 
-from slimnets.acceleration.codes import DENSE
+from slimnets.acceleration import codes
+from slimnets.acceleration.build import build
 from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.nodes import Recorder
 from slimnets.acceleration.partition import annotate, cut
 from slimnets.acceleration.region import SHAPES_KEPT, Region
-from slimnets.acceleration.steps import Matrix
+from slimnets.acceleration.steps import Matrix, Pool, Shape
 from slimnets.acceleration.trace import trace
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -110,7 +111,7 @@ def test_dense_convolutions_of_several_blocks_with_a_residual(batch):
     graph(x)
     (plan,) = region.plans.values()
     table = plan.table(batch)
-    assert max(table.ops[table.ops[:, 0] == DENSE, 7]) > 1
+    assert max(table.ops[table.ops[:, codes.CODE] == codes.DENSE, codes.BLOCKS]) > 1
     assert table.scratch < 2 * 700 * 36 * batch  # sums of one layer, some of them twice
 
 
@@ -181,6 +182,23 @@ def test_pooling(kernel, stride, image, batch, kind, data):
 def test_halving(size, batch):
     network = nn.Sequential(thin(nn.Conv2d(3, 5, 3, padding=1), 0.3), nn.ReLU6(), nn.MaxPool2d(2))
     assert_equal(network, 6 * torch.randn(batch, 3, *size))
+
+
+@pytest.mark.parametrize(
+    ("places", "how"),
+    [
+        ({}, codes.HALVE),
+        ({"maximum": False}, codes.SUM),
+        ({"stride": (2, 1)}, codes.LARGEST),
+        ({"padding": (0, 1)}, codes.LARGEST),
+        ({"dilation": (2, 1)}, codes.LARGEST),
+        ({"ceil": True}, codes.LARGEST),  # the last row is one alone
+    ],
+)
+def test_only_whole_pairs_of_rows_and_columns_are_halved(places, how):
+    step = Pool([0], 1, **({"kernel": (2, 2), "stride": (2, 2)} | places))
+    ops = build([step], [(0, Shape(3, 7, 8))], [1], samples=2).ops
+    assert ops[ops[:, codes.CODE] == codes.POOL, codes.POOLING].tolist() == [how]
 
 
 class Pooled(nn.Module):

@@ -35,10 +35,6 @@ from slimnets.acceleration.steps import (
 SLACK = 4096
 """Floats before and after the arena, for tiles that read past the end of a value."""
 
-FIELDS = 24
-ADDRESSES = {codes.CONV: (3, 4, 5, 6, 11, 14, 16), codes.DENSE: (4, 5, 6, 11, 14)}
-"""Fields of convolutions that point to their data."""
-
 DENSE_GAIN = 3
 """Products of the dense kernel in the time of one of the sparse kernel."""
 
@@ -90,7 +86,7 @@ class _Builder:
         self.margins = self._margins()
         self.last_use = {s: i for i, step in enumerate(steps) for s in step.sources}
         self.last_use.update(dict.fromkeys(outputs, len(steps)))
-        self.ops: list[list[int]] = []
+        self.ops: list[dict[int, int]] = []
         self.floats: list[tuple[float, float, float]] = []
         self.owners: list[str] = []
         self.data: list[Any] = []
@@ -110,9 +106,9 @@ class _Builder:
                     self._release(source)
         for number, value in enumerate(self.outputs):
             self._border(codes.EXPORT, len(self.inputs) + number, value)
-        ops = np.zeros((len(self.ops), FIELDS), np.int64)
+        ops = np.zeros((len(self.ops), codes.FIELDS), np.int64)
         for i, op in enumerate(self.ops):
-            ops[i, : len(op)] = op
+            ops[i, list(op)] = list(op.values())
         data = self._together(ops)
         floats = np.array(self.floats, np.float32).reshape(-1, 3)
         shapes, end = [self.shapes[v] for v in self.outputs], self.end + SLACK
@@ -163,7 +159,7 @@ class _Builder:
 
     def _emit(
         self,
-        op: list[int],
+        op: dict[int, int],
         step: Step | None = None,
         scale: float = 1.0,
         matrix: Matrix | None = None,
@@ -191,19 +187,16 @@ class _Builder:
         data = aligned(self.size // 4).view(np.uint8)
         for at, array in self.data:
             data[at : at + array.nbytes] = array
-        for code, addresses in ADDRESSES.items():
-            for column in addresses:
-                used = (ops[:, 0] == code) & (ops[:, column] > 0)
-                ops[used, column] += data.ctypes.data
+        for column in codes.ADDRESSES:
+            ops[ops[:, column] > 0, column] += data.ctypes.data
         for i, matrix in self.matrices.items():
-            ops[i, 3] = matrix.values.ctypes.data
+            ops[i, codes.VALUES] = matrix.values.ctypes.data
         return data, self.matrices
 
     def _border(self, code: int, number: int, value: int) -> None:
         at = self._target(value) if code == codes.IMPORT else self.places[value]
-        layout, s = self._layout(value), self.shapes[value]
-        place = [layout.plane, layout.row, layout.base]
-        self._emit([code, number, at, s.channels, s.height, s.width, self.samples, *place])
+        op = {codes.CODE: code, codes.NUMBER: number, codes.PLACE: at}
+        self._emit(op | _image(self._layout(value)))
 
     def _step(self, step: Step) -> None:
         match step:
@@ -249,38 +242,55 @@ class _Builder:
         if isinstance(weight, Matrix):
             code, self.work = codes.DENSE, self.work + work // DENSE_GAIN
             tiles = dense_tiling(image, pitch, weight.together)
-            walk, at_once = self._dense(step, weight, tiles, offsets)
+            walk = self._dense(step, weight, tiles, offsets)
         else:
             code, self.work = codes.CONV, self.work + work
             tiles = tiling(image, pitch)
-            walk, at_once = self._sparse(step, weight, tiles, offsets), 0
-        op = [code, at, target, *walk, tiles.x_step, tiles.y_step]
-        op += [self._array(tiles.starts, np.int32), len(tiles.starts), tiles.kind]
-        op += [self._array(step.bias, np.float32), residual]
-        op += [self._array(image.mask(), np.int32) if tiles.masked else 0, image.plane, at_once]
-        self._emit(op, step, matrix=weight if isinstance(weight, Matrix) else None)
+            walk = self._sparse(step, weight, tiles, offsets)
+        op = {
+            codes.CODE: code,
+            codes.SOURCE: at,
+            codes.TARGET: target,
+            codes.OUT_PLANE: image.plane,
+            codes.X_STEP: tiles.x_step,
+            codes.Y_STEP: tiles.y_step,
+            codes.STARTS: self._array(tiles.starts, np.int32),
+            codes.TILES: len(tiles.starts),
+            codes.TILE: tiles.kind,
+            codes.BIAS: self._array(step.bias, np.float32),
+            codes.MASK: self._array(image.mask(), np.int32) if tiles.masked else 0,
+            codes.RESIDUAL: residual,
+        }
+        self._emit(op | walk, step, matrix=weight if isinstance(weight, Matrix) else None)
 
-    def _sparse(self, step: Conv, weight: NonZeros, tiles: Tiling, offsets: Any) -> list[int]:
-        """Fields 3 to 8 of a sparse convolution."""
+    def _sparse(self, step: Conv, weight: NonZeros, tiles: Tiling, offsets: Any) -> dict[int, int]:
+        """How a sparse convolution walks over its weight."""
         channels = block_size(step, weight, tiles, self.samples)
         blocked = block(weight, channels, self.threads)
         self.scratch = max(self.scratch, weight.outputs * tiles.rows * tiles.width)
-        walk = [self._array(weight.values[blocked.order], np.float32)]
-        walk += [self._array(offsets[blocked.order], np.int32)]
-        walk += [self._array(blocked.pointers, np.int32), self._array(blocked.rows, np.int32)]
-        return [*walk, blocked.blocks, weight.outputs]
+        return {
+            codes.VALUES: self._array(weight.values[blocked.order], np.float32),
+            codes.OFFSETS: self._array(offsets[blocked.order], np.int32),
+            codes.POINTERS: self._array(blocked.pointers, np.int32),
+            codes.ROWS: self._array(blocked.rows, np.int32),
+            codes.BLOCKS: blocked.blocks,
+            codes.OUTPUTS: weight.outputs,
+        }
 
-    def _dense(
-        self, step: Conv, weight: Matrix, tiles: Tiling, offsets: Any
-    ) -> tuple[list[int], int]:
-        """Fields 3 to 8 of a dense convolution, and field 18."""
+    def _dense(self, step: Conv, weight: Matrix, tiles: Tiling, offsets: Any) -> dict[int, int]:
+        """How a dense convolution walks over its weight."""
         starts, at_once = dense_blocks(step, weight, tiles, self.samples)
         if len(starts) > 2:  # sums wait for the next block
             sums = len(tiles.starts) * at_once * weight.together * tiles.rows * tiles.width
             self.scratch = max(self.scratch, sums)
-        walk = [0, self._array(offsets, np.int32), self._array(starts, np.int32)]
-        walk += [self._array(weight.firsts, np.int32)]
-        return [*walk, len(starts) - 1, len(weight.values)], at_once
+        return {
+            codes.OFFSETS: self._array(offsets, np.int32),
+            codes.POINTERS: self._array(starts, np.int32),
+            codes.FIRSTS: self._array(weight.firsts, np.int32),
+            codes.BLOCKS: len(starts) - 1,
+            codes.GROUPS: len(weight.values),
+            codes.AT_ONCE: at_once,
+        }
 
     def _taps(self, step: Conv, source: Layout) -> Any:
         """Where each weight reads, relative to the input of the first output."""
@@ -291,41 +301,82 @@ class _Builder:
 
     def _split(self, source: Layout, at: int, phases: Phases) -> int:
         """Gather the rows and columns that a strided convolution reads, phase by phase."""
-        layout, s = phases.layout, source.shape
+        layout = phases.layout
         place = self._allocate(layout)
         for number, (y, x) in enumerate(phases.used):
-            op = [codes.PHASE, at, place + number * layout.plane, s.channels, self.samples]
-            op += [s.height, s.width, source.row, source.base, source.plane]
-            op += [layout.row, len(phases.used) * layout.plane, *phases.stride]
-            op += [y - phases.padding[0], x - phases.padding[2]]
-            self._emit([*op, layout.shape.height, layout.shape.width], phases.step)
+            op = {
+                codes.CODE: codes.PHASE,
+                codes.SOURCE: at,
+                codes.TARGET: place + number * layout.plane,
+                codes.OUT_HEIGHT: layout.shape.height,
+                codes.OUT_WIDTH: layout.shape.width,
+                codes.OUT_ROW: layout.row,
+                codes.OUT_PLANE: len(phases.used) * layout.plane,
+                codes.STRIDE_Y: phases.stride[0],
+                codes.STRIDE_X: phases.stride[1],
+                codes.FIRST_Y: y - phases.padding[0],
+                codes.FIRST_X: x - phases.padding[2],
+            }
+            self._emit(op | _image(source), phases.step)
         return place
 
     def _pool(self, step: Pool) -> None:
         source, image = self._layout(step.sources[0]), self._layout(step.target)
-        at, s, o = self.places[step.sources[0]], source.shape, image.shape
+        s, o = source.shape, image.shape
         kernel = step.window(s)
-        op = [codes.POOL, at, self._target(step.target), s.channels, self.samples]
-        op += [s.height, s.width, source.row, source.base, source.plane]
-        op += [o.height, o.width, image.row, image.base, image.plane, *kernel, *step.stride]
-        op += [*step.padding, *step.dilation, codes.LARGEST if step.maximum else codes.SUM]
+        places = (kernel, step.stride, step.padding, step.dilation)
         whole = o.height * 2 <= s.height and o.width * 2 <= s.width
-        if whole and op[15:] == [2, 2, 2, 2, 0, 0, 1, 1, codes.LARGEST]:
-            op[-1] = codes.HALVE
-        self._emit(op, step, 1.0 if step.maximum else 1.0 / (kernel[0] * kernel[1]))
+        halving = step.maximum and whole and places == ((2, 2), (2, 2), (0, 0), (1, 1))
+        op = {
+            codes.CODE: codes.POOL,
+            codes.SOURCE: self.places[step.sources[0]],
+            codes.TARGET: self._target(step.target),
+            codes.OUT_HEIGHT: o.height,
+            codes.OUT_WIDTH: o.width,
+            codes.OUT_ROW: image.row,
+            codes.OUT_BASE: image.base,
+            codes.OUT_PLANE: image.plane,
+            codes.KERNEL_Y: kernel[0],
+            codes.KERNEL_X: kernel[1],
+            codes.STRIDE_Y: step.stride[0],
+            codes.STRIDE_X: step.stride[1],
+            codes.PADDING_Y: step.padding[0],
+            codes.PADDING_X: step.padding[1],
+            codes.DILATION_Y: step.dilation[0],
+            codes.DILATION_X: step.dilation[1],
+            codes.POOLING: codes.HALVE if halving else codes.LARGEST if step.maximum else codes.SUM,
+        }
+        scale = 1.0 if step.maximum else 1.0 / (kernel[0] * kernel[1])
+        self._emit(op | _image(source), step, scale)
 
     def _add(self, step: Add) -> None:
         a, b = (self.places[s] for s in step.sources)
-        floats = self._layout(step.target).floats
-        self._emit([codes.ADD, a, self._target(step.target), b, floats], step)
+        op = {codes.CODE: codes.ADD, codes.SOURCE: a, codes.OTHER: b}
+        self._emit(op | self._whole(step.target), step)
 
     def _clamp(self, step: Clamp) -> None:
-        at, floats = self.places[step.sources[0]], self._layout(step.target).floats
-        self._emit([codes.COPY, at, self._target(step.target), 0, floats], step)
+        op = {codes.CODE: codes.COPY, codes.SOURCE: self.places[step.sources[0]]}
+        self._emit(op | self._whole(step.target), step)
+
+    def _whole(self, value: int) -> dict[int, int]:
+        return {codes.TARGET: self._target(value), codes.FLOATS: self._layout(value).floats}
 
     def _concat(self, step: Concat) -> None:
         to = self._target(step.target)
         for source in step.sources:
-            layout = self._layout(source)
-            self._emit([codes.COPY, self.places[source], to, 0, layout.floats], step)
-            to += layout.floats
+            floats = self._layout(source).floats
+            place = {codes.SOURCE: self.places[source], codes.TARGET: to, codes.FLOATS: floats}
+            self._emit({codes.CODE: codes.COPY} | place, step)
+            to += floats
+
+
+def _image(layout: Layout) -> dict[int, int]:
+    return {
+        codes.CHANNELS: layout.shape.channels,
+        codes.SAMPLES: layout.samples,
+        codes.HEIGHT: layout.shape.height,
+        codes.WIDTH: layout.shape.width,
+        codes.ROW: layout.row,
+        codes.BASE: layout.base,
+        codes.PLANE: layout.plane,
+    }

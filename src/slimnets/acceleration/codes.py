@@ -1,27 +1,7 @@
-"""What the steps in a table of the engine are called, and the register tiles there are.
+"""What a table of the engine says: its steps, the columns they use, and the register tiles.
 
-``build`` writes these fields of a step, which ``engine`` and ``glue`` read by their numbers.
-Places, rows (from one to the next), planes (from one channel to the next) and bases (from the start
-of a plane to its first pixel) count floats in the arena; pairs are vertical and horizontal.
-
-============== ==================================================================================
-IMPORT, EXPORT 1 number of the tensor, 2 place, 3 channels, 4-5 size, 6 samples, 7 plane, 8 row,
-               9 base
-CONV           1 source, 2 target, 3 values*, 4 where each reads*, 5 pointers to the rows*, 6 rows*,
-               7 blocks, 8 outputs, 9-10 steps from row to row of a tile in source and target,
-               11 starts of tiles*, 12 tiles, 13 kind of tile, 14 bias*, 15 residual or -1,
-               16 mask* or 0, 17 plane of the target; * is an address in bytes
-DENSE          as CONV, but 3 values of one group of outputs after the other*, 4 where each column
-               reads*, 5 where blocks of columns begin*, 6 first outputs of groups*, 8 groups,
-               16 is 0, 18 groups whose values stay in the second-level cache
-POOL           1 source, 2 target, 3 channels, 4 samples; of the source 5-6 size, 7 row, 8 base,
-               9 plane; of the target 10-11 size, 12 row, 13 base, 14 plane; 15-16 kernel,
-               17-18 stride, 19-20 padding, 21-22 dilation, 23 what it does
-PHASE          1 source, 2 target, 3 channels, 4 samples; of the source 5-6 size, 7 row, 8 base,
-               9 plane; of the target 10 row, 11 plane; 12-13 stride, 14-15 first pixel,
-               16-17 size of the target
-ADD, COPY      1 source, 2 target, 3 other source, 4 floats
-============== ==================================================================================
+``build`` writes a row for each step, which ``engine`` and ``glue`` read. A column means the same in
+every step that uses it.
 """
 
 try:
@@ -39,6 +19,40 @@ except Exception as error:  # also OSError and SystemError, where it does not fi
         NO_ENGINE = f"Numba, and with it the engine, cannot be used here: {error}"
 
 IMPORT, EXPORT, CONV, POOL, ADD, PHASE, COPY, DENSE = range(8)
+
+# fmt: off
+(
+    CODE,  # one of the steps above
+    SOURCE, OTHER, TARGET, PLACE,  # in the arena; the last of what comes in or goes out
+    NUMBER,  # of the tensor that comes in or goes out
+    CHANNELS, SAMPLES, HEIGHT, WIDTH, ROW, BASE, PLANE,  # of the source, or of what is at PLACE
+    OUT_HEIGHT, OUT_WIDTH, OUT_ROW, OUT_BASE, OUT_PLANE,  # of the target
+    FLOATS,  # of a sum or copy
+    # pooling, and the phases of a strided convolution
+    KERNEL_Y, KERNEL_X, STRIDE_Y, STRIDE_X, PADDING_Y, PADDING_X, DILATION_Y, DILATION_X,
+    POOLING,  # what a pooling step does
+    FIRST_Y, FIRST_X,  # the first pixel of a phase
+    # convolutions
+    VALUES,  # of the non-zeros; of DENSE, one group of outputs after the other
+    OFFSETS,  # where each non-zero, or column of DENSE, reads
+    POINTERS,  # where the rows of CONV begin, or the blocks of columns of DENSE
+    ROWS,  # which output each of them is
+    FIRSTS,  # the first outputs of groups
+    BIAS, MASK,  # the second is 0 if there is none
+    STARTS,  # of the tiles, in source and target
+    BLOCKS, OUTPUTS, GROUPS, TILES,  # how many there are
+    TILE,  # its kind
+    X_STEP, Y_STEP,  # from row to row of a tile, in source and target
+    RESIDUAL,  # its place, or -1
+    AT_ONCE,  # groups whose values stay in the second-level cache
+) = range(47)
+# fmt: on
+"""The columns. Places, rows (from one to the next), planes (from one channel to the next), bases
+(from the start of a plane to its first pixel) and steps count floats in the arena."""
+
+FIELDS = AT_ONCE + 1
+ADDRESSES = (VALUES, OFFSETS, POINTERS, ROWS, FIRSTS, BIAS, MASK, STARTS)
+"""The columns that are addresses, in bytes."""
 
 SUM, LARGEST, HALVE = range(3)
 """What a pooling step does; the last is the largest of every 2 x 2 pixels."""

@@ -16,17 +16,6 @@ from numba import njit
 
 from slimnets.acceleration import accumulate, codes, dense_tile, glue, halve, memory, tile
 from slimnets.acceleration.accumulate import FIRST, LAST
-from slimnets.acceleration.codes import (
-    CONV,
-    DENSE,
-    DENSE_KINDS,
-    EXPORT,
-    IMPORT,
-    KINDS,
-    PHASE,
-    POOL,
-    WIDE,
-)
 from slimnets.acceleration.dense_tile import dense_kernel
 from slimnets.acceleration.glue import border, elementwise, phase, pool
 from slimnets.acceleration.memory import arrive, load, load_int, wait
@@ -45,14 +34,17 @@ def _convolution(rows: int, width: int) -> Any:
 
     @njit(nogil=True)
     def convolve(op, lo, hi, arena, scratch, tile0, tile1, share, shares):
-        vals, offs, pointers, order = op[3], op[4], op[5], op[6]
-        blocks, channels, xs, ys, tiles = op[7], op[8], op[9], op[10], op[11]
-        bias, residual, mask, plane = op[14], op[15], op[16], op[17]
+        vals, offs = op[codes.VALUES], op[codes.OFFSETS]
+        pointers, order = op[codes.POINTERS], op[codes.ROWS]
+        blocks, channels = op[codes.BLOCKS], op[codes.OUTPUTS]
+        xs, ys, tiles = op[codes.X_STEP], op[codes.Y_STEP], op[codes.STARTS]
+        bias, residual = op[codes.BIAS], op[codes.RESIDUAL]
+        mask, plane = op[codes.MASK], op[codes.OUT_PLANE]
         row0, row1 = first_row(channels, share, shares), first_row(channels, share + 1, shares)
         for t in range(tile0, tile1):
-            x_at = arena + 4 * (op[1] + load_int(tiles, 2 * t))
+            x_at = arena + 4 * (op[codes.SOURCE] + load_int(tiles, 2 * t))
             start = load_int(tiles, 2 * t + 1)
-            y_at = arena + 4 * (op[2] + start)
+            y_at = arena + 4 * (op[codes.TARGET] + start)
             r_at = arena + 4 * (residual + start)
             m_at = 0 if mask == 0 else mask + 4 * start
             for block in range(blocks):
@@ -118,9 +110,12 @@ def _dense_convolution(together: int, rows: int, width: int) -> Any:
 
     @njit(nogil=True)
     def convolve(op, lo, hi, arena, scratch, tile0, tile1, share, shares):
-        vals, offs, pointers, firsts = op[3], op[4], op[5], op[6]
-        blocks, groups, xs, ys, tiles = op[7], op[8], op[9], op[10], op[11]
-        bias, residual, plane, at_once = op[14], op[15], op[17], op[18]
+        vals, offs = op[codes.VALUES], op[codes.OFFSETS]
+        pointers, firsts = op[codes.POINTERS], op[codes.FIRSTS]
+        blocks, groups = op[codes.BLOCKS], op[codes.GROUPS]
+        xs, ys, tiles = op[codes.X_STEP], op[codes.Y_STEP], op[codes.STARTS]
+        bias, residual = op[codes.BIAS], op[codes.RESIDUAL]
+        plane, at_once = op[codes.OUT_PLANE], op[codes.AT_ONCE]
         last, columns = groups * (share + 1) // shares, load_int(pointers, blocks)
         for g0 in range(groups * share // shares, last, at_once):
             for block in range(blocks):
@@ -135,13 +130,13 @@ def _dense_convolution(together: int, rows: int, width: int) -> Any:
                             vals + 4 * together * (g * columns + k),
                             offs + 4 * k,
                             end - k,
-                            arena + 4 * (op[1] + load_int(tiles, 2 * t)),
+                            arena + 4 * (op[codes.SOURCE] + load_int(tiles, 2 * t)),
                             xs,
                             flags,
                             bias + 4 * channel,
                             0 if residual < 0 else arena + 4 * residual + y,
                             scratch + 4 * size * (t * at_once + g - g0),
-                            arena + 4 * op[2] + y,
+                            arena + 4 * op[codes.TARGET] + y,
                             ys,
                             plane,
                             lo,
@@ -151,19 +146,19 @@ def _dense_convolution(together: int, rows: int, width: int) -> Any:
     return convolve
 
 
-_sparse = _one_of([_convolution(*kind) for kind in KINDS])
-_dense = _one_of([_dense_convolution(*kind) for kind in DENSE_KINDS])
+_sparse = _one_of([_convolution(*kind) for kind in codes.KINDS])
+_dense = _one_of([_dense_convolution(*kind) for kind in codes.DENSE_KINDS])
 
 
 @njit(nogil=True)
 def conv(op, lo, hi, arena, scratch, thread, threads):
     """A convolution; threads share its tiles, or its output channels if tiles are few."""
-    tiles, kind = op[12], op[13]
+    tiles, kind = op[codes.TILES], op[codes.TILE]
     tile0, tile1, share, shares = 0, tiles, thread, threads
     if tiles % threads == 0 or tiles >= 8 * threads:
         tile0, tile1 = tiles * thread // threads, tiles * (thread + 1) // threads
         share, shares = 0, 1
-    if op[0] == CONV:
+    if op[codes.CODE] == codes.CONV:
         _sparse(kind, op, lo, hi, arena, scratch, tile0, tile1, share, shares)
     else:
         _dense(kind, op, lo, hi, arena, scratch, tile0, tile1, share, shares)
@@ -177,13 +172,14 @@ def _compiled(kernel_version: int) -> Any:
         for i in range(ops.shape[0]):
             op = ops[i]
             scale, lo, hi = floats[i, 0], floats[i, 1], floats[i, 2]
-            if op[0] == CONV or op[0] == DENSE:
+            code = op[codes.CODE]
+            if code == codes.CONV or code == codes.DENSE:
                 conv(op, lo, hi, arena, scratch, thread, threads)
-            elif op[0] == IMPORT or op[0] == EXPORT:
+            elif code == codes.IMPORT or code == codes.EXPORT:
                 border(op, arena, io, thread, threads)
-            elif op[0] == POOL:
+            elif code == codes.POOL:
                 pool(op, scale, lo, hi, arena, thread, threads)
-            elif op[0] == PHASE:
+            elif code == codes.PHASE:
                 phase(op, arena, thread, threads)
             else:
                 elementwise(op, lo, hi, arena, thread, threads)
@@ -200,7 +196,7 @@ def _compiled(kernel_version: int) -> Any:
 _OTHERS = (accumulate, codes, dense_tile, glue, halve, memory, tile)
 _SOURCES = b"".join(Path(module.__file__).read_bytes() for module in _OTHERS)
 
-interpret = _compiled(crc32(_SOURCES + repr((KINDS, DENSE_KINDS, WIDE)).encode()))
+interpret = _compiled(crc32(_SOURCES + repr((codes.KINDS, codes.DENSE_KINDS, codes.WIDE)).encode()))
 """Run all steps as thread number ``thread`` of ``threads``, which share arena and barrier.
 
 ``threads`` is that of the table, or one.
