@@ -84,7 +84,7 @@ class CsrLayer(nn.Module):
         flat = columns.transpose(0, 1).reshape(taps, batch * pixels)
         y = self.weight @ flat
         y = y if layer.bias is None else y + layer.bias[:, None]
-        return y.reshape(-1, batch, h, w).transpose(0, 1).contiguous()
+        return y.reshape(len(y), batch, h, w).transpose(0, 1).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "weight"}
