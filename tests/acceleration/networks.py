@@ -1,7 +1,14 @@
 """Networks to accelerate, and how alike results are."""
 
+from typing import Any
+
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from slimnets.acceleration import inside, module
+from slimnets.acceleration.codes import NO_ENGINE
+from slimnets.acceleration.module import Accelerated, accelerate
 
 TOLERANCE = 1e-4
 
@@ -42,9 +49,33 @@ def body(*more: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), *more, nn.Conv2d(32, 16, 3))
 
 
-def assert_right(network, fast, *inputs):
+def computed_by(variant: str, network: nn.Module, example: Any) -> Accelerated:
+    """``network``, accelerated by a variant that is chosen whatever is fastest here.
+
+    "engine" and "dense" are of a network that is traced, "layers" of one that is not. What computes
+    is in ``fast``; a call of the whole would hide an error of it behind the network itself.
+    """
+    if NO_ENGINE and variant == "engine":
+        pytest.skip(NO_ENGINE)
+
+    def preferred(times: dict[str, float], least_gain: float) -> str:
+        return next(one for one in (variant, "engine", "dense", *times) if one in times)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "fastest", preferred)
+        patch.setattr(inside, "fastest", preferred)
+        found = accelerate(network, example)
+    assert found.fast is not None, found.report.note
+    assert variant in found.report.tried, found.report.tried
+    assert "stays as it is:" not in found.report.note
+    return found
+
+
+def assert_right(network: nn.Module, found: Accelerated, *inputs: Tensor) -> None:
+    assert found.fast is not None
     with torch.no_grad():
         for x in inputs:
             expected = network(x.clone())
             scale = float(expected.abs().max())
-            torch.testing.assert_close(fast(x.clone()), expected, rtol=0, atol=1e-4 * scale)
+            result = found.fast(x.clone())
+            torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE * scale)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from slimnets.acceleration.attention import traceable
 from slimnets.acceleration.export import export
-from slimnets.acceleration.module import accelerate
 from slimnets.acceleration.trace import trace
+from tests.acceleration.networks import computed_by
 
 BATCH, HEADS, TARGETS, SOURCES, FEATURES = 3, 4, 5, 6, 16
 
@@ -289,7 +289,7 @@ def test_a_whole_network_with_masks():
     for layer in layers:
         layer.weight.mul_(torch.rand_like(layer.weight) > 0.9)
     expected = outcome(model, *inputs)
-    fast = accelerate(model, inputs)
+    fast = computed_by("engine", model, inputs).fast
     for network in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert_same(network(*inputs), expected)
     graph = graph_of(model, 3)

@@ -15,7 +15,7 @@ from slimnets.acceleration.export import export
 from slimnets.acceleration.module import accelerate
 from slimnets.acceleration.prepare import graph_of, same_draws, simplify
 from slimnets.acceleration.trace import trace
-from tests.acceleration.networks import assert_right, body, prune
+from tests.acceleration.networks import assert_right, body, computed_by, prune
 
 
 class Branches(nn.Module):
@@ -35,14 +35,16 @@ class Branches(nn.Module):
 def test_control_flow_keeps_the_module_and_exchanges_layers():
     model = prune(Branches(), 0.9)
     x = torch.randn(4, 3, 40, 40)
-    fast = accelerate(model, x)
+    fast = computed_by("layers", model, x)
+    assert "cannot be traced" in fast.report.note
+    assert {row.name for row in fast.report.rows} == {"a", "b"}
     with torch.no_grad():
         for sign in (1, -1):
+            torch.testing.assert_close(fast.fast(sign * x), model(sign * x), rtol=1e-4, atol=1e-4)
             for call in ({}, {"scale": 2.0}, {"twice": True}):
                 expected, found = model(sign * x, **call), fast(sign * x, **call)
                 assert found.keys() == expected.keys()
                 torch.testing.assert_close(found["y"], expected["y"], rtol=1e-4, atol=1e-4)
-    assert "cannot be traced" in fast.report.note or fast.fast is None
 
 
 class Stochastic(nn.Module):
@@ -57,6 +59,7 @@ class Stochastic(nn.Module):
 
 def test_random_numbers_are_drawn_at_every_call():
     fast = accelerate(Stochastic(), torch.randn(2, 4))
+    assert fast.fast is None and "computes the same" in fast.report.note  # no call is as another
     x = torch.randn(2, 4)
     assert not torch.equal(fast(x), fast(x))
 
@@ -75,6 +78,7 @@ class Counting(nn.Module):
 def test_a_state_is_kept_from_call_to_call():
     model, x = prune(Counting(), 0.98), torch.randn(2, 16, 20, 20)
     fast = accelerate(model, x)
+    assert fast.fast is None and "changes its buffers" in fast.report.note
     for _ in range(3):
         torch.testing.assert_close(fast(x), model(x).detach(), rtol=1e-4, atol=1e-4)
     assert trace(model, 1) is None
@@ -121,7 +125,8 @@ def test_what_is_changed_in_place(kind):
     network = prune(Padded(kind), 0.9)
     x, padding = torch.randn(2, 3, 16, 16), torch.zeros(2, 256, dtype=torch.bool)
     assert (trace(network, 2) is not None) == (kind == "directly")
-    fast = accelerate(network, (x, padding))
+    variant = "engine" if kind == "directly" else "layers"
+    fast = computed_by(variant, network, (x, padding)).fast
     padding[:, 100:] = True
     with torch.no_grad():
         torch.testing.assert_close(fast(x, padding), network(x, padding), rtol=1e-4, atol=1e-4)
@@ -145,7 +150,7 @@ class Modes(nn.Module):
 
 def test_what_an_argument_is_compared_with():
     network, x = prune(Modes(), 0.9), torch.randn(2, 3, 16, 16)
-    fast = accelerate(network, (x, [Mode.LOGITS], torch.float32))
+    fast = computed_by("engine", network, (x, [Mode.LOGITS], torch.float32))
     for arguments in (([Mode.FEATURES], torch.float32), ([Mode.LOGITS], torch.float64)):
         with torch.no_grad():
             expected = network(x, *arguments)
@@ -183,7 +188,7 @@ def test_the_rest_of_the_network_is_traced(module):
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     assert called & {"2", "2.1"}
     x = torch.randn(4, 3, 20, 20)
-    assert_right(network, accelerate(network, x), x, 100 * x)
+    assert_right(network, computed_by("engine", network, x), x, 100 * x)
 
 
 class Clamped(nn.Module):
@@ -198,15 +203,15 @@ class Clamped(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "variant"),
     [
-        lambda h: torch.clamp(h, -6.0, 6.0, out=h),
-        lambda h: nn.functional.hardtanh_(input=h, min_val=-6.0, max_val=6.0),
+        (lambda h: torch.clamp(h, -6.0, 6.0, out=h), "layers"),
+        (lambda h: nn.functional.hardtanh_(input=h, min_val=-6.0, max_val=6.0), "engine"),
     ],
 )
-def test_what_is_changed_by_keyword(call):
+def test_what_is_changed_by_keyword(call, variant):
     network, x = prune(Clamped(call), 0.9), torch.randn(2, 3, 16, 16) / 10
-    assert_right(network, accelerate(network, x), x, 1000 * x)
+    assert_right(network, computed_by(variant, network, x), x, 1000 * x)
 
 
 class Recent(nn.Module):
@@ -225,8 +230,8 @@ def test_what_is_kept_in_a_container():
     network, x = prune(Recent(), 0.98), torch.randn(2, 3, 16, 16)
     assert trace(network, 1) is None
     assert not network.last  # no proxies
-    fast = accelerate(network, x)
-    for module in (network, fast):
+    fast = computed_by("layers", network, x)
+    for module in (network, fast.fast):
         module(x)
         module(x)
     assert_right(network, fast, 3 * x, 5 * x)
@@ -244,7 +249,7 @@ class Chance(nn.Module):
 @pytest.mark.parametrize("draw", [random.random, lambda: float(np.random.rand())])
 def test_every_generator_is_asked_anew(draw):
     x = torch.randn(2, 3, 8, 8)
-    fast = accelerate(Chance(draw), x)
+    fast = computed_by("layers", Chance(draw), x).fast
     assert not torch.equal(fast(x), fast(x))
 
 
@@ -268,7 +273,8 @@ def test_a_network_that_draws_random_numbers_is_compared_with_the_same_ones():
     graph = graph_of(network, (x,), expected)
     assert graph is not None
     assert not torch.equal(graph(x), graph(x))
-    assert accelerate(network, x).report.note != NOTHING_IS_THE_SAME
+    fast = computed_by("engine", network, x).fast
+    assert not torch.equal(fast(x), fast(x))
 
 
 class EveryGenerator(Noisy):
@@ -287,9 +293,6 @@ def test_generators_are_left_as_they_were(kind, to, tmp_path):
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
-NOTHING_IS_THE_SAME = "Nothing that was tried computes the same: the network stays as it is."
-
-
 @torch.no_grad()
 def test_results_keep_their_type():
     class Segments(nn.Module):
@@ -306,7 +309,7 @@ def test_results_keep_their_type():
     graph = graph_of(network, (x,), expected)
     assert graph is not None
     assert type(graph(x)) is type(graph(x)["aux"]) is OrderedDict
-    found = accelerate(network, x)(x)
+    found = computed_by("engine", network, x).fast(x)
     assert list(found) == ["out", "aux"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -326,8 +329,8 @@ def test_defaults_that_are_containers(given):
     network, x = prune(Pools(), 0.98), torch.randn(2, 3, 16, 16)
     expected = network(x, *given)
     assert graph_of(network, (x, *given), expected) is not None
-    fast = accelerate(network, (x, *given))
-    torch.testing.assert_close(fast(x, *given), expected, rtol=1e-4, atol=1e-4)
+    fast = computed_by("engine", network, (x, *given))
+    torch.testing.assert_close(fast.fast(x, *given), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fast(x, 3.0, (4, 4)), network(x, 3.0, (4, 4)))
 
 
@@ -368,8 +371,9 @@ def test_the_input_is_left_as_it_was():
     before = x.clone()
     fast = accelerate(network, x)
     assert torch.equal(x, before)
-    assert "changes its input" in fast.report.note
-    assert_right(network, fast, x)
+    assert fast.fast is None and "changes its input" in fast.report.note
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x.clone()), network(x.clone()))
 
 
 class Out(OrderedDict):
@@ -383,8 +387,8 @@ class Both:
     logits: torch.Tensor
 
 
-@pytest.mark.parametrize("kind", [Out, Both])
-def test_a_result_keeps_its_type(kind):
+@pytest.mark.parametrize(("kind", "variant"), [(Out, "layers"), (Both, "engine")])
+def test_a_result_keeps_its_type(kind, variant):
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -394,7 +398,7 @@ def test_a_result_keeps_its_type(kind):
             return kind(logits=self.body(x))
 
     network, x = prune(Net(), 0.98), torch.randn(2, 3, 24, 24)
-    fast = accelerate(network, x)
+    fast = computed_by(variant, network, x).fast
     with torch.no_grad():
         torch.testing.assert_close(fast(x).logits, network(x).logits, rtol=1e-4, atol=1e-4)
     assert type(fast(x)) is kind

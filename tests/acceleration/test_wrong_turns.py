@@ -17,6 +17,7 @@ from slimnets.acceleration.nodes import is_plain
 from slimnets.acceleration.prepare import graph_of
 from slimnets.acceleration.report import Report, Row
 from slimnets.acceleration.trace import trace
+from tests.acceleration.networks import assert_right, computed_by
 from tests.support import same_text_everywhere
 
 
@@ -109,7 +110,7 @@ def test_a_graph_takes_no_turn_that_only_the_example_takes(kind, example, traced
 @pytest.mark.parametrize("kind", [InAnObject, InANestedDict])
 def test_a_state_goes_on_in_a_network_that_is_accelerated(kind):
     network = kind().eval()
-    fast = accelerate(network, ONES)
+    fast = computed_by("layers", network, ONES).fast
     network(ONES), fast(ONES)  # the last that both have seen
     for x in torch.randn(3, 2, 3, 12, 12):
         torch.testing.assert_close(fast(x), network(x).detach())
@@ -168,8 +169,7 @@ def test_slices_of_what_the_engine_computes():
     network = Slices().eval()
     slimnets.prune(network, 0.9)
     x = torch.randn(2, 3, 12, 12)
-    fast = accelerate(network, x)
-    assert len(fast.report.tried) > 1
+    fast = computed_by("engine", network, x).fast
     torch.testing.assert_close(fast(x), network(x).detach(), rtol=0, atol=1e-5)
 
 
@@ -189,7 +189,8 @@ def test_a_convolution_that_convolves_in_its_own_way_is_not_plain():
 def test_results_lie_in_memory_as_those_of_pytorch_do():
     network = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
     x = torch.randn(4, 3, 24, 24)
-    assert accelerate(network, x)(x).stride() == network(x).stride()
+    assert_right(network, fast := computed_by("dense, channels last", network, x), x)
+    assert fast.fast(x).stride() == network(x).stride()
 
 
 def test_a_layer_may_be_called_like_markup():
@@ -217,7 +218,7 @@ def test_an_accelerated_part_is_counted_once_and_as_it_was():
     network = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
     slimnets.prune(network, 0.95)
     x = torch.randn(2, 3, 24, 24)
-    fast = accelerate(network, x)
+    fast = computed_by("engine", network, x)
     whole, part = (slimnets.summarize(Serve(one), x).total for one in (network, fast))
     assert (part.weights, part.macs, part.bytes) == (whole.weights, whole.macs, whole.bytes)
     assert len(Serve(fast).state_dict()) == len(network.state_dict())
