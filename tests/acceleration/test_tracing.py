@@ -282,13 +282,16 @@ class EveryGenerator(Noisy):
         return super().forward(x) + random.random() + np.random.rand()
 
 
-@pytest.mark.parametrize("kind", [Noisy, EveryGenerator], ids=["a graph", "no graph"])
+@pytest.mark.parametrize(("kind", "variant"), [(Noisy, "engine"), (EveryGenerator, "layers")])
 @pytest.mark.parametrize("to", ["accelerated", "file.pt2"])
-def test_generators_are_left_as_they_were(kind, to, tmp_path):
+def test_generators_are_left_as_they_were(kind, variant, to, tmp_path):
     network, x = kind().eval(), torch.randn(2, 3, 8, 8)
     L.seed_everything(0, verbose=False)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    accelerate(network, x) if to == "accelerated" else export(network, x, tmp_path / to)
+    if to == "accelerated":
+        computed_by(variant, network, x)
+    else:
+        export(network, x, tmp_path / to)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
