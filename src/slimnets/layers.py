@@ -205,13 +205,13 @@ def is_parametrized(layer: nn.Module, tensor: str = "weight") -> bool:
     )
 
 
-def place_of(parameter: Tensor) -> int:
+def address_of(parameter: Tensor) -> int:
     """Where its values are; those of another one that shares them, transposed or not, are there.
 
     Examples:
         >>> encoder, decoder = nn.Linear(3, 2), nn.Linear(2, 3)
         >>> decoder.weight.data = encoder.weight.data.t()
-        >>> place_of(encoder.weight) == place_of(decoder.weight)
+        >>> address_of(encoder.weight) == address_of(decoder.weight)
         True
     """
     # lazy ones and subclasses may have no such place, and on some devices it is 0

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from slimnets.layers import (
     Selector,
     Selectors,
+    address_of,
     as_selectors,
     assign,
     compressed_network,
     inside_metrics,
-    place_of,
     without,
 )
 from slimnets.lowrank.decompose import (
@@ -207,7 +207,7 @@ def _reason_to_leave(
     for parameter in layer.parameters():
         if parameter.is_meta:
             return "it is on the meta device and has no values yet"
-        for name, other in holders[place_of(parameter)].items():
+        for name, other in holders[address_of(parameter)].items():
             if other is not layer:
                 return f"it shares parameters with {name!r}"
     return ""
@@ -218,7 +218,7 @@ def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
     holders: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            holders.setdefault(place_of(parameter), {})[name] = module
+            holders.setdefault(address_of(parameter), {})[name] = module
     return holders
 
 

@@ -13,13 +13,13 @@ from slimnets.layers import (
     LAZY,
     Selector,
     Selectors,
+    address_of,
     as_selectors,
     assign,
     glob_matches,
     inside_metrics,
     is_parametrized,
     matches,
-    place_of,
     without,
 )
 from slimnets.lowrank.modules import pairs_of
@@ -57,7 +57,7 @@ def prunable_weights(
     kept = without(network, candidates, as_selectors(exclude), pairs_of(network))
     kept = {name: layer for name, layer in kept.items() if id(layer) not in measuring}
     out = {
-        place_of(weights)
+        address_of(weights)
         for name, layer in candidates.items()
         if name not in kept
         for weights in _weights_of(layer).values()
@@ -69,8 +69,8 @@ def prunable_weights(
         for key, parameter in _weights_of(layer).items():
             if is_lazy(parameter):
                 raise ValueError(f"layer {name!r} ({type(layer).__name__}) {LAZY}")
-            if parameter.numel() and place_of(parameter) not in out:
-                out.add(place_of(parameter))
+            if parameter.numel() and address_of(parameter) not in out:
+                out.add(address_of(parameter))
                 found[_path(name, key)] = parameter
     return found
 
@@ -89,7 +89,7 @@ def left_alone(network: nn.Module) -> dict[str, str]:
     """
     embeddings, measuring = _of_embeddings(network), inside_metrics(network)
     weights = [w for layer in network.modules() for w in _weights_of(layer).values()]
-    known = embeddings.union(map(place_of, weights))
+    known = embeddings.union(map(address_of, weights))
     reasons: dict[str, str] = {}
     for name, layer in network.named_modules():
         if id(layer) in measuring:
@@ -97,14 +97,14 @@ def left_alone(network: nn.Module) -> dict[str, str]:
         if computed := [key for key in _names_of(layer) if is_parametrized(layer, key)]:
             which = [_path(name, key) for key in computed] if _weights_of(layer) else [name]
             reasons |= dict.fromkeys(which, "its weight is computed from other parameters")
-        elif any(place_of(w) in embeddings for w in _weights_of(layer).values()):
+        elif any(address_of(w) in embeddings for w in _weights_of(layer).values()):
             reasons[name] = "its weight is that of an embedding"
         elif quantized := [w.dtype for w in _own(layer).values() if not _has_magnitudes(w)]:
             reasons[name] = f"its weight is of {quantized[0]}"
         elif not _names_of(layer) and not isinstance(layer, ParametrizationList):
             kind = type(layer).__name__
             for key, parameter in layer.named_parameters(recurse=False):
-                if place_of(parameter) not in known and _is_matrix(f"{kind}.{key}", parameter):
+                if address_of(parameter) not in known and _is_matrix(f"{kind}.{key}", parameter):
                     reasons[_path(name, key)] = (
                         f"the type of its layer, {kind}, is not known (in an nn.Linear it would "
                         "be pruned)"
@@ -140,7 +140,7 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 def _of_embeddings(network: nn.Module) -> set[int]:
     kinds = (nn.Embedding, nn.EmbeddingBag)
-    return {place_of(layer.weight) for layer in network.modules() if isinstance(layer, kinds)}
+    return {address_of(layer.weight) for layer in network.modules() if isinstance(layer, kinds)}
 
 
 def _weights_of(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -237,8 +237,8 @@ def target_sparsity(
     shares: dict[int, float] = {}
     for name, share in per_layer.items():
         for weights in _weights_of(layers[name]).values():
-            shares.setdefault(place_of(weights), float(share))
-    targets = {name: shares[place_of(weights)] for name, weights in parameters.items()}
+            shares.setdefault(address_of(weights), float(share))
+    targets = {name: shares[address_of(weights)] for name, weights in parameters.items()}
     if not parameters:
         raise ValueError(
             f"{type(network).__name__} has no layer to prune: no convolution, linear or recurrent "
