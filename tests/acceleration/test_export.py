@@ -70,6 +70,52 @@ def test_an_input_of_length_one_beside_a_batch_stays_that(tmp_path, batch):
         torch.testing.assert_close(loaded(x, shift), x + shift)
 
 
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x, *others, scale=2.0):
+        return self.a(x) + self.b(others[0]) * scale
+
+
+def test_arguments_of_any_number(tmp_path):
+    model, inputs = Sum().eval(), (torch.randn(2, 8), torch.randn(2, 8))
+    loaded = torch.export.load(export(model, inputs, tmp_path / "net.pt2")).module()
+    for n in (1, 5):
+        inputs = torch.randn(n, 8), torch.randn(n, 8)
+        torch.testing.assert_close(loaded(*inputs), model(*inputs))
+
+
+class OneByOne(nn.Module):
+    def forward(self, x):
+        return torch.stack([one.amax(0) for one in x])
+
+
+class Small(nn.Module):
+    def forward(self, x):
+        return x.tanh() if x.shape[0] < 4 else x
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize(
+    ("model", "limit"), [(OneByOne(), "is always 5"), (Small(), "is at least 4"), (Shifted(), "")]
+)
+def test_a_batch_that_is_not_free_is_said_and_written(tmp_path, caplog, suffix, model, limit):
+    x = torch.randn(5, 3, 8)
+    inputs = (x, x) if isinstance(model, Shifted) else (x,)
+    path = export(model, inputs, tmp_path / f"net{suffix}")
+    found = [message for message in caplog.messages if message.startswith("export")]
+    assert found == (
+        [f"export: the batch of 'x' {limit}, as the network is written"] if limit else []
+    )
+    if suffix == ".onnx" and limit == "is always 5":
+        session = pytest.importorskip("onnxruntime").InferenceSession(path)
+        assert session.get_inputs()[0].shape == [5, 3, 8]
+        with pytest.raises(Exception, match="invalid dimensions"):
+            session.run(None, {"x": torch.randn(7, 3, 8).numpy()})
+
+
 def test_onnx_in_both_runtimes(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -1,6 +1,8 @@
 """The compressed network for other runtimes."""
 
+import inspect
 import io
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -25,6 +27,8 @@ from slimnets.acceleration.prepare import (
 from slimnets.acceleration.trace import versions_of
 from slimnets.files import target_of, written_whole
 from slimnets.layers import compressed_network
+
+log = logging.getLogger(__name__)
 
 PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript"), ".pte": ("executorch",)}
 
@@ -102,9 +106,13 @@ def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
         return {0: any_size(min=1, max=len(batch)) if mobile else any_size}
 
     free = _of_batches(example, sizes, lambda _: None)
+    # nested as in the signature, where *args is one
+    by_name = inspect.signature(network.forward).bind(*free).arguments
     with warnings.catch_warnings():  # the exporters' own, about versions to come
         warnings.simplefilter("ignore")
-        program = torch.export.export(network, example, dynamic_shapes=free)
+        program = torch.export.export(network, example, dynamic_shapes=dict(by_name))
+        if not mobile and (limits := _limits(program, free)):
+            log.warning("export: %s, as the network is written", "; ".join(limits))
         if mobile:
             path.write_bytes(_executorch(program))
         elif path.suffix == ".pt2":
@@ -113,6 +121,34 @@ def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
             path.write_bytes(archive.getbuffer())
         else:
             torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
+            _fix_sizes(path)
+
+
+def _limits(program: torch.export.ExportedProgram, free: tuple[Any, ...]) -> list[str]:
+    """What the file asks of batches whose size was to be free."""
+    asked, _ = tree_flatten(free, is_leaf=lambda one: isinstance(one, dict) and 0 in one)
+    nodes = {node.name: node for node in program.graph.nodes}
+    limits = []
+    for shape, name in zip(asked, program.graph_signature.user_inputs, strict=True):
+        if shape is not None:
+            size = nodes[str(name)].meta["val"].shape[0]
+            size = size.node.expr if isinstance(size, torch.SymInt) else size
+            if size not in program.range_constraints:
+                limits.append(f"the batch of {name!r} is always {size}")
+            elif (least := program.range_constraints[size].lower) > 2:
+                limits.append(f"the batch of {name!r} is at least {least}")
+    return limits
+
+
+def _fix_sizes(path: Path) -> None:
+    """Write sizes that are fixed as numbers, where ``torch.onnx`` writes a free one called "4"."""
+    onnx = import_module("onnx")
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param.isdigit():
+                size.dim_value = int(size.dim_param)
+    onnx.save(model, path)
 
 
 def _of_batches(
