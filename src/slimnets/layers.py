@@ -156,14 +156,17 @@ def without(
             replaced = [name for name, pair in pairs.items() if selector(name, pair)]
             chosen += [name for name in layers if name.rpartition(".")[0] in replaced]
         if not chosen:
-            raise ValueError(_chose_nothing("exclude", selector, layers))
+            raise ValueError(_chose_nothing("exclude", selector, layers, modules))
         for name in chosen:
             kept.pop(name, None)
     return kept
 
 
 def assign(
-    values: T | Mapping[str, T], layers: Mapping[str, nn.Module], argument: str
+    values: T | Mapping[str, T],
+    layers: Mapping[str, nn.Module],
+    argument: str,
+    network: nn.Module | None = None,
 ) -> dict[str, T]:
     """Give each layer its value, in the order of the globs; layers that none matches are left out.
 
@@ -171,6 +174,7 @@ def assign(
         values: One for all, or glob over layer names to value, of which the first match wins.
         layers: Layer name to layer.
         argument: What to call ``values`` in an error.
+        network: Where the layers stand, to say in an error what a glob matches instead.
 
     Raises:
         ValueError: If a glob matches none of ``layers``, or only some that earlier ones match.
@@ -186,7 +190,8 @@ def assign(
     for glob, value in values.items():
         matched = [name for name in layers if glob_matches(name, glob)]
         if not matched:
-            raise ValueError(_chose_nothing(argument, glob, layers))
+            modules = dict(network.named_modules()) if network else {}
+            raise ValueError(_chose_nothing(argument, glob, layers, modules))
         won = [name for name in matched if name not in winners]
         if not won:
             earlier = ", ".join(repr(one) for one in dict.fromkeys(winners[n] for n in matched))
@@ -282,7 +287,15 @@ def _mind_fast_path(layer: nn.TransformerEncoderLayer) -> None:
     layer.activation_relu_or_gelu = activation if is_plain else 0
 
 
-def _chose_nothing(argument: str, selector: Selector, layers: Iterable[str]) -> str:
+def _chose_nothing(
+    argument: str, selector: Selector, layers: Iterable[str], modules: Mapping[str, nn.Module]
+) -> str:
     what = getattr(selector, "__name__", None) or repr(selector)
     available = ", ".join(repr(name) for name in layers) or "none"
-    return f"{argument}: {what} matches no layer; the layers are: {available}"
+    others = {
+        type(module).__name__
+        for name, module in modules.items()
+        if isinstance(selector, str) and module._parameters and glob_matches(name, selector)
+    }
+    hint = f" ({', '.join(sorted(others))} is none)" if others else ""
+    return f"{argument}: {what} matches no layer{hint}; the layers are: {available}"

@@ -165,6 +165,13 @@ def test_a_weight_tied_to_an_embedding_is_that_of_an_embedding():
     assert left_alone(network) == {"head": "its weight is that of an embedding"}
 
 
+def test_a_glob_that_matches_an_embedding_alone_says_so():
+    network = nn.ModuleDict({"item": nn.Embedding(10, 4), "head": nn.Linear(4, 10)})
+    message = r"sparsity: 'item' matches no layer \(Embedding is none\); the layers are: 'head'"
+    with pytest.raises(ValueError, match=message):
+        target_sparsity(network, {"item": 0.9})
+
+
 def test_weights_that_share_their_values_are_tied_too():
     network = nn.ModuleDict({"embedding": nn.Embedding(10, 4), "head": nn.Linear(4, 10)})
     network["head"].weight.data = network["embedding"].weight.data

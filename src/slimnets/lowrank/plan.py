@@ -128,7 +128,7 @@ def plan(
     network = compressed_network(model)
     layers = named_layers(network)
     chosen = without(network, layers, selectors)
-    ranks = assign(r, layers, "r")
+    ranks = assign(r, layers, "r", network)
     holders, beside = _holders(network), _beside_tree(model)
     inside = {
         **_read_by_parents(network),

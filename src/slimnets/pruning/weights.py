@@ -232,7 +232,7 @@ def target_sparsity(
         ValueError: If a glob or selector chooses nothing, or there is nothing to prune.
     """
     layers = without(network, prunable_layers(network), as_selectors(exclude), pairs_of(network))
-    per_layer = assign(sparsity, layers, "sparsity")
+    per_layer = assign(sparsity, layers, "sparsity", network)
     parameters = prunable_weights(network, exclude, layers=per_layer)
     shares: dict[int, float] = {}
     for name, share in per_layer.items():
