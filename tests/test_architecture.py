@@ -9,21 +9,40 @@ import slimnets
 
 SOURCE = Path(slimnets.__file__).parent
 
+HELPERS = {"generators", "inputs", "text"}
+
 # what a room may know of besides itself; the public names of the package know everything
 MAY_KNOW: dict[str, set[str]] = {
     "files": set(),
+    "generators": set(),
     "inputs": set(),
     "layers": set(),
     "text": set(),
     "trainer": {"layers"},
-    "resume": {"trainer"},
+    "resume": {"generators", "trainer"},
     "gate": {"trainer"},
     "pruning": {"layers", "trainer", "inspection", "lowrank.modules"},
     "lowrank": {"layers", "trainer", "inspection", "text"},
     "distillation": {"layers", "trainer", "lowrank.follow"},
     "artifact": {"files", "layers", "lowrank.modules"},
-    "inspection": {"inputs", "layers", "trainer", "lowrank.modules", "artifact", "text"},
-    "acceleration": {"files", "inputs", "layers", "lowrank.modules", "lowrank.factorize", "text"},
+    "inspection": {
+        "generators",
+        "inputs",
+        "layers",
+        "trainer",
+        "lowrank.modules",
+        "artifact",
+        "text",
+    },
+    "acceleration": {
+        "files",
+        "generators",
+        "inputs",
+        "layers",
+        "lowrank.modules",
+        "lowrank.factorize",
+        "text",
+    },
 }
 
 

@@ -1,13 +1,10 @@
 """Resuming a run as if it had never been interrupted."""
 
-import random
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
 import torch.distributed as dist
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.loop import _Loop
@@ -15,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from slimnets.generators import random_state, set_random_state
 from slimnets.trainer import accumulation
 
 
@@ -62,10 +60,10 @@ class ExactResume(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the generators, in the order of the ranks."""
-        states: list[dict[str, Any]] = [_random_state()]
+        states: list[dict[str, Any]] = [random_state()]
         if dist.is_initialized():
             states = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(states, _random_state())
+            dist.all_gather_object(states, random_state())
         return {"ranks": states}
 
     def on_save_checkpoint(
@@ -112,7 +110,7 @@ class ExactResume(L.Callback):
         # a loader whose length configure_optimizers has asked for has drawn its seed, and does not
         # know its place: it is set up once more, when both are restored
         trainer.fit_loop._combined_loader = None
-        _set_random_state(states[trainer.global_rank])
+        set_random_state(states[trainer.global_rank])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore what the loader may have disturbed, now that it is set up, and what is open."""
@@ -121,7 +119,7 @@ class ExactResume(L.Callback):
             return
         loop, random_state = trainer.fit_loop, restored["ranks"][trainer.global_rank]
         if loop.restarting and not loop.restarted_on_epoch_end:
-            _set_random_state(random_state)  # the loader has drawn its seed long ago
+            set_random_state(random_state)  # the loader has drawn its seed long ago
         else:
             _begin_next_epoch(trainer, random_state)
         gradients = restored.get("gradients", {})
@@ -211,26 +209,5 @@ def _begin_next_epoch(trainer: L.Trainer, random_state: dict[str, Any]) -> None:
         # the loader has begun the epoch, with the generators of on_fit_start; persistent workers,
         # which draw their seed once a run, have drawn it from these
         return
-    _set_random_state(random_state)
+    set_random_state(random_state)
     iter(loop._data_fetcher)
-
-
-def _random_state() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    return {
-        "python": [version, list(internal), gauss_next],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())

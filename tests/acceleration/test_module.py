@@ -97,7 +97,6 @@ def test_the_model_is_left_as_it_was(network):
 def test_what_was_not_foreseen_goes_to_the_original(network, fast):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(fast(input=x), network(x))
         torch.testing.assert_close(fast(x[0:0]), network(x[0:0]))
         with torch.autocast("cpu", torch.bfloat16):
             assert fast(x).dtype == torch.bfloat16
@@ -251,16 +250,44 @@ def test_a_variant_that_fails_prints_nothing(capfd):
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+class NamedOnly(nn.Module):
+    def forward(self, *, x):
+        return x
+
+
 @pytest.mark.parametrize(
     ("model", "example", "message"),
     [
         ("net.pt2", torch.ones(1, 2), "model='net.pt2': expected an nn.Module"),
-        (nn.Linear(2, 1), {"input": torch.ones(1, 2)}, "example_input: got a dictionary"),
+        (nn.Linear(2, 1), {"x": torch.ones(1, 2)}, "example_input: missing .* 'input' of forward"),
+        (nn.Bilinear(2, 2, 1), [torch.ones(1, 2), torch.ones(1, 2)], "give a tuple"),
+        (NamedOnly(), {"x": torch.ones(1, 2)}, "'x' can only be given by name"),
     ],
 )
 def test_what_cannot_be_called_is_refused(model, example, message):
     with pytest.raises(TypeError, match=message):
         accelerate(model, example)
+
+
+def test_arguments_may_be_given_by_name():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = vgg()
+
+        def forward(self, images, scale):
+            return self.body(images) * scale
+
+    network = prune(Scaled(), 0.9)
+    example = {"scale": torch.ones(2, 1), "images": torch.randn(2, 3, 32, 32)}
+    fast = computed_by("engine", network, example)
+    calls = []
+    fast.fast.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**example), network(**example), rtol=1e-4, atol=1e-4)
+    assert calls
+    with pytest.raises(TypeError, match="unexpected keyword argument 'x'"):
+        fast(x=1)
 
 
 def test_a_lazy_network_is_refused():

@@ -43,7 +43,8 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
 
     Args:
         model: Any module that ``torch.export`` understands; it is copied and left as it is.
-        example_input: An input tensor, or a tuple of the arguments of ``forward``.
+        example_input: An input tensor, a tuple of the arguments of ``forward``, or a dictionary of
+            them by name.
         path: Where to: ``*.pt2`` for ``torch.export.load``, ``*.onnx`` for ONNX Runtime, OpenVINO
             and others (needs ``onnx`` and ``onnxscript``), ``*.pte`` for ExecuTorch with XNNPACK
             (needs ``executorch``; the batch is that of ``example_input``, or smaller).
@@ -52,7 +53,7 @@ def export(model: nn.Module, example_input: Any, path: str | Path) -> Path:
         ``path``.
 
     Raises:
-        TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
+        TypeError: If ``model`` is not a network, or ``forward`` cannot be called so.
         ValueError: If the suffix is another.
         OSError: If there is no such folder, or the file cannot be written; what was there before is
             left.

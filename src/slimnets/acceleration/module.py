@@ -1,6 +1,7 @@
 """The accelerated network, and the way there."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from types import BuiltinFunctionType, FunctionType
@@ -28,7 +29,7 @@ from slimnets.acceleration.prepare import (
 )
 from slimnets.acceleration.report import Report
 from slimnets.acceleration.trace import version_of, versions_of
-from slimnets.inputs import tensors_in
+from slimnets.inputs import arguments_for, tensors_in
 from slimnets.layers import compressed_network
 from slimnets.lowrank.modules import pairs_of
 
@@ -78,6 +79,9 @@ class Accelerated(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network computes, in eval mode and without gradients."""
         with torch.no_grad():
+            if kwargs and not args:
+                with suppress(TypeError):  # which is the original's to raise
+                    args, kwargs = arguments_for(self.original, kwargs)
             if self.fast is None or kwargs or not self._expects(args):
                 return self.original(*args, **kwargs)
             try:
@@ -141,16 +145,16 @@ def accelerate(model: nn.Module, example_input: Any) -> Accelerated:
 
     Args:
         model: Any module. It is copied and left as it is.
-        example_input: An input tensor, or a tuple of the arguments of ``forward``. What is
-            fastest is measured on it, so give the batch size that you deploy with; other batch
-            sizes and image sizes work.
+        example_input: An input tensor, a tuple of the arguments of ``forward``, or a dictionary of
+            them by name. What is fastest is measured on it, so give the batch size that you deploy
+            with; other batch sizes and image sizes work.
 
     Returns:
         A module that computes the same in eval mode (up to rounding, see
         ``docs/acceleration.md``), with what was chosen in its ``report``.
 
     Raises:
-        TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
+        TypeError: If ``model`` is not a network, or ``forward`` cannot be called so.
         ValueError: If a lazy layer has no weights yet.
     """
     example = positional(model, example_input)

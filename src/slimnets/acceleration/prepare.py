@@ -3,14 +3,13 @@
 import copy
 import io
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, fx, nn
 
@@ -18,7 +17,8 @@ from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.nodes import Recorder
 from slimnets.acceleration.shrink import shrink
 from slimnets.acceleration.trace import trace
-from slimnets.inputs import arguments_in, tensors_in
+from slimnets.generators import generators_kept
+from slimnets.inputs import arguments_for, tensors_in
 from slimnets.layers import compressed_network, refuse_lazy
 
 TOLERANCE = 1e-4
@@ -30,16 +30,20 @@ def positional(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
     """The arguments of ``forward`` that ``example_input`` is; copies, for it may work in place.
 
     Raises:
-        TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary.
+        TypeError: If ``model`` is not a network, or ``example_input`` is a dictionary with names
+            that ``forward`` does not have, or does not take by position.
         ValueError: If a lazy layer of it has no weights yet.
     """
-    refuse_lazy(compressed_network(model), "model")
-    if isinstance(example_input, Mapping):
+    network = compressed_network(model)
+    refuse_lazy(network, "model")
+    args, by_name = arguments_for(network, example_input)
+    if by_name:
         raise TypeError(
-            "example_input: got a dictionary, expected a tensor or a tuple of the arguments of "
-            "forward; a dictionary that is one of them stands in a tuple, (dictionary,)"
+            f"example_input: {', '.join(map(repr, by_name))} can only be given by name, and what "
+            "is traced takes its arguments by position; a dictionary that is one of them stands in "
+            "a tuple, (dictionary,)"
         )
-    return copied(arguments_in(example_input))  # type: ignore[no-any-return]
+    return copied(args)  # type: ignore[no-any-return]
 
 
 def copied(value: Any) -> Any:
@@ -50,7 +54,7 @@ def copied(value: Any) -> Any:
 @contextmanager
 def same_draws() -> Iterator[None]:
     """Draw the same random numbers each time, and none of those that are drawn outside."""
-    with isolate_rng(include_cuda=False):
+    with generators_kept():
         torch.default_generator.manual_seed(0)
         random.seed(0)
         np.random.seed(0)

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_unflatten
 
 from slimnets.acceleration.nodes import has_hooks, is_plain
 from slimnets.acceleration.views import flatten_views, order_in_place
+from slimnets.generators import generators_kept
 
 
 class _Proxy(fx.Proxy):
@@ -86,7 +86,7 @@ def trace(model: nn.Module, arguments: int) -> fx.GraphModule | None:
     if len(defaults) < arguments or any(one is inspect.Parameter.empty for one in fixed.values()):
         return None
     model = sharing_tensors(model)  # a failure may leave proxies in its attributes
-    with isolate_rng(include_cuda=False), torch.no_grad():
+    with generators_kept(), torch.no_grad():
         before = _state_of(model)
         try:
             graph, kept = _traced(model, fixed)

@@ -1,15 +1,15 @@
 """How long a forward pass takes, measured side by side with another one."""
 
-import random
 import statistics
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
-import numpy as np
 import torch
 from torch import nn
+
+from slimnets.generators import generators_kept
 
 WARM_UP = 3
 RUNS = (10, 200)
@@ -64,16 +64,12 @@ def undisturbed(*networks: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for network in networks for module in network.modules()]
     devices = {device_of(network) for network in networks} - {torch.device("cpu")}
     kind = next(iter(devices)).type if devices else "cuda"  # torch 2.6 takes no None
-    drawn, drawn_of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices, device_type=kind):
+    with torch.random.fork_rng(devices, device_type=kind), generators_kept():
         try:
             for network in networks:
                 network.eval()
             yield
         finally:
-            # Lightning's isolate_rng puts nothing back after an error
-            random.setstate(drawn)
-            np.random.set_state(drawn_of_numpy)
             for module, training in modes:
                 module.training = training
 
