@@ -177,6 +177,40 @@ def test_pooling(kernel, stride, image, batch, kind, data):
     assert_equal(network, torch.randn(batch, 3, *image))
 
 
+def two_crops(y):
+    return F.pad(y, (-1, 0)) + F.pad(y, (0, -1))
+
+
+PADS, CROPS, ANY = (st.tuples(*[st.integers(*to)] * 4) for to in ((0, 3), (-2, 0), (-2, 3)))
+
+
+class PaddedByHand(nn.Module):
+    def __init__(self, stride, padding, pads, calls) -> None:
+        super().__init__()
+        self.a, self.b = thin(nn.Conv2d(3, 5, 3, padding=1), 0.3), thin(nn.Conv2d(5, 4, 2), 0.3)
+        self.a.stride = self.b.stride = stride
+        self.b.padding = padding
+        self.pads, self.calls = pads, calls
+
+    def forward(self, x):
+        y = self.a(x)
+        for pad, call in zip(self.pads, self.calls, strict=True):
+            y = call(F.pad(y, pad))
+        return self.b(y) + self.b(y)
+
+
+@FUZZ
+@given(
+    stride=CONVOLUTIONS["stride"],
+    padding=st.tuples(st.integers(0, 1), st.integers(0, 1)),
+    pads=st.tuples(*[st.one_of(CROPS, PADS, ANY)] * 2),
+    calls=st.tuples(*[st.sampled_from([F.relu, lambda y: y.contiguous(), two_crops])] * 2),
+    batch=CONVOLUTIONS["batch"],
+)
+def test_padding_and_cropping_by_hand(stride, padding, pads, calls, batch):
+    assert_equal(PaddedByHand(stride, padding, pads, calls), torch.randn(batch, 3, 31, 30))
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("size", [(2, 3), (8, 9), (7, 22), (6, 32), (4, 51), (5, 75)])
 def test_halving(size, batch):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod, remove
 
 from slimnets.acceleration import attend
+from slimnets.acceleration.computed import with_values
 from slimnets.acceleration.nodes import has_hooks
 from slimnets.acceleration.trace import sharing_tensors
 from slimnets.layers import replace
@@ -41,6 +42,8 @@ class Swapped(_Stand):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer computes of ``x``."""
+        if isinstance(self.original, nn.Conv1d) and x.dim() != 3:
+            return self.original(x)  # type: ignore[no-any-return]
         return self.fast(x)  # type: ignore[no-any-return]
 
 
@@ -222,7 +225,8 @@ def _is_simple(m: nn.MultiheadAttention) -> bool:
 def traceable(model: nn.Module) -> nn.Module:
     """A copy of ``model`` that shares its tensors, with layers that can be traced.
 
-    Masks of ``torch.nn.utils.prune`` are written into the weights.
+    Masks of ``torch.nn.utils.prune`` are written into the weights. Layers that compute a weight
+    have its value, a tensor of their own.
     """
     copied = sharing_tensors(model)
     for module in copied.modules():
@@ -231,6 +235,7 @@ def traceable(model: nn.Module) -> nn.Module:
                 remove(module, hook._tensor_name)
     for name, module in reversed(list(copied.named_modules())):
         new = _stand_in(module)
+        new = with_values(module) if new is None else new
         if new is not None:
             copied = replace(copied, name, new.eval())
     return copied

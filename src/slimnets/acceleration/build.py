@@ -26,6 +26,7 @@ from slimnets.acceleration.steps import (
     Linear,
     Matrix,
     NonZeros,
+    Pad,
     Pool,
     Shape,
     Step,
@@ -131,7 +132,7 @@ class _Builder:
         """Zeros around all images of one size, so that values can be added as they lie."""
         margins: dict[tuple[int, int], tuple[int, int]] = {}
         for step in self.steps:
-            if isinstance(step, Conv) and step.stride == (1, 1):
+            if isinstance(step, Pad) or (isinstance(step, Conv) and step.stride == (1, 1)):
                 shape = self.shapes[step.sources[0]]
                 top, left = margins.get((shape.height, shape.width), (0, 0))
                 p = step.padding
@@ -204,6 +205,8 @@ class _Builder:
                 self._conv(step)
             case Linear():
                 self._linear(step)
+            case Pad():
+                self._pad(step)
             case Pool():
                 self._pool(step)
             case Add():
@@ -226,6 +229,14 @@ class _Builder:
             kernel=(image.height, image.width),
         )
         self._conv(conv)
+
+    def _pad(self, step: Pad) -> None:
+        channels = self.shapes[step.target].channels
+        ones = NonZeros.of(np.ones((channels, 1, 1, 1), np.float32), channels)
+        limits = (step.low, step.high)
+        bias = np.zeros(channels, np.float32)
+        places = (step.sources, step.target)
+        self._conv(Conv(*places, *limits, weight=ones, bias=bias, padding=step.padding))
 
     def _conv(self, step: Conv) -> None:
         source, at = self._layout(step.sources[0]), self.places[step.sources[0]]

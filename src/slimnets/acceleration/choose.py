@@ -174,7 +174,7 @@ def _time_inside(
 
 def _row(one: _Layer, choice: str, removed: Mapping[str, int]) -> Row:
     before, after = one.times[EAGER], one.times.get(choice, one.times[EAGER])
-    kind = type(one.layer).__name__
+    kind = one.node.meta.get("kind", type(one.layer).__name__)
     name = str(one.node.target)
     if choice == KERNEL:
         full = is_full(one.layer.weight.numpy(), getattr(one.layer, "groups", 1))

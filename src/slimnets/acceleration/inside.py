@@ -8,10 +8,11 @@ from torch import Tensor, fx, nn
 from slimnets.acceleration.attention import Swapped
 from slimnets.acceleration.choose import EAGER, FEW_SECONDS, choose, share_of_zeros
 from slimnets.acceleration.measure import fastest, shortest_times
-from slimnets.acceleration.nodes import is_plain
+from slimnets.acceleration.nodes import Recorder, is_plain
 from slimnets.acceleration.prepare import same_results
 from slimnets.acceleration.report import Row
 from slimnets.acceleration.trace import trace
+from slimnets.acceleration.widen import widen
 from slimnets.layers import replace
 
 LEAST_GAIN = 1.1
@@ -50,6 +51,8 @@ def _faster(name: str, layer: nn.Module, x: Tensor) -> tuple[nn.Module | None, R
     """What is faster than ``layer``, if anything is, and the row of the report."""
     graph = trace(layer, 1)
     assert graph is not None
+    Recorder(graph).run(x)
+    widen(graph)
     choice, expected = choose(graph, (x,), {}), layer(x)
     calls: dict[str, Callable[[], Any]] = {EAGER: lambda: layer(x)}
     for kind, variant in choice.variants.items():

@@ -17,6 +17,7 @@ from slimnets.acceleration.steps import (
     Conv,
     Linear,
     NonZeros,
+    Pad,
     Pool,
     Step,
     weight_of,
@@ -163,10 +164,14 @@ def _of_call(node: fx.Node) -> Known | None:
         return _mean(source, rest, dict(kwargs))
     if target in LIMITS and not rest and set(kwargs) <= {"inplace"}:
         return _clamped(source, *LIMITS[target])
+    if target == "contiguous" and not rest and not kwargs:
+        return _clamped(source)  # as every value of the engine is
     if target in (F.dropout, F.dropout2d) and kwargs.get("training") is False:
         return _clamped(source)
     if form_of(source) != "image":
         return None
+    if target is F.pad:
+        return _padded(source, *rest, **kwargs)  # type: ignore[arg-type]
     if target is F.max_pool2d:
         return [source], _pool(True, *rest, **kwargs), "image"  # type: ignore[arg-type]
     if target in TO_ONE_PIXEL:
@@ -211,6 +216,16 @@ def _clamped(source: fx.Node, low: float = -INFINITY, high: float = INFINITY) ->
     if form := form_of(source):
         return [source], lambda sources, target: Clamp(sources, target, low, high), form
     return None
+
+
+def _padded(
+    source: fx.Node, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Known | None:
+    if mode != "constant" or value:
+        return None
+    left, right, top, bottom = (*pad, 0, 0)[:4]
+    padding = (top, bottom, left, right)
+    return [source], lambda sources, target: Pad(sources, target, padding=padding), "image"
 
 
 def _flatten(source: fx.Node) -> Known | None:

@@ -17,6 +17,7 @@ from slimnets.acceleration.choose import EAGER, Choice, choose
 from slimnets.acceleration.codes import NO_ENGINE
 from slimnets.acceleration.inside import opaque, swap_layers
 from slimnets.acceleration.measure import fastest, shortest_times
+from slimnets.acceleration.nodes import Recorder
 from slimnets.acceleration.pairs import pairs_or_products
 from slimnets.acceleration.prepare import (
     copied,
@@ -28,7 +29,9 @@ from slimnets.acceleration.prepare import (
     simplify,
 )
 from slimnets.acceleration.report import Report
+from slimnets.acceleration.shrink import shrink
 from slimnets.acceleration.trace import version_of, versions_of
+from slimnets.acceleration.widen import widen
 from slimnets.inputs import arguments_for, tensors_in
 from slimnets.layers import compressed_network
 from slimnets.lowrank.modules import pairs_of
@@ -234,6 +237,9 @@ def _of_graph(graph: fx.GraphModule, example: tuple[Any, ...]) -> Choice:
     for name, module in opaque(graph).items():
         if name in arguments:
             rows += swap_layers(module, arguments[name], f"{name}.")
+    widen(graph)
+    Recorder(graph).run(*example)
+    removed |= shrink(graph)  # of one-dimensional layers
     choice = choose(graph, example, removed)
     for found in choice.rows.values():
         found.extend(rows)

@@ -10,7 +10,7 @@ from torch.fx.passes.operator_support import create_op_support
 from slimnets.acceleration.lower import form_of, known
 from slimnets.acceleration.nodes import is_plain, module_of
 from slimnets.acceleration.region import Port, Region
-from slimnets.acceleration.steps import INFINITY, Add, Clamp, Concat, Conv, Linear, Step
+from slimnets.acceleration.steps import INFINITY, Add, Clamp, Concat, Conv, Linear, Pad, Step
 
 
 def annotate(traced: fx.GraphModule) -> set[str]:
@@ -106,11 +106,44 @@ def fuse(steps: list[Step], outputs: set[int]) -> tuple[list[Step], dict[int, in
                 renamed[step.target] = maker.target
                 uses[maker.target] = uses.get(step.target, 0)
                 continue
+        if isinstance(step, Pad) and _into_convolution(step, made.get(step.sources[0]), uses):
+            renamed[step.target] = step.sources[0]
+            uses[step.sources[0]] = uses[step.target]
+            continue
+        if isinstance(step, Conv):
+            _from_unpadded(step, made.get(step.sources[0]), uses, fused)
         if isinstance(step, Add):
             step = _into_product(step, made, uses, fused)
         fused.append(step)
         made[step.target] = step
     return fused, renamed
+
+
+def _into_convolution(step: Pad, maker: Step | None, uses: dict[int, int]) -> bool:
+    """Whether the convolution before ``step`` leaves out what that cuts off, and now does so."""
+    if not isinstance(maker, Conv) or maker.stride != (1, 1) or len(maker.sources) > 1:
+        return False
+    if uses[maker.target] > 1 or max(step.padding) > 0:
+        return False
+    maker.padding = _sum(maker.padding, step.padding)
+    return True
+
+
+def _from_unpadded(step: Conv, maker: Step | None, uses: dict[int, int], fused: list[Step]) -> None:
+    """Have ``step`` pad its input itself, instead of the step before."""
+    if isinstance(maker, Pad) and _is_unlimited(maker) and min(*maker.padding, *step.padding) >= 0:
+        step.padding = _sum(step.padding, maker.padding)
+        step.sources = [*maker.sources, *step.sources[1:]]
+        uses[maker.target] -= 1
+        uses[maker.sources[0]] += 1
+        if not uses[maker.target]:
+            fused.remove(maker)
+            uses[maker.sources[0]] -= 1
+
+
+def _sum(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, int, int, int]:
+    top, bottom, left, right = (a + b for a, b in zip(one, other, strict=True))
+    return top, bottom, left, right
 
 
 def _is_unlimited(step: Step) -> bool:

@@ -193,6 +193,21 @@ class Conv(Step):
 
 
 @dataclass
+class Pad(Step):
+    """Zeros around the image, or, where it is less than 0, an image cut off."""
+
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right
+
+    def shape(self, *inputs: Shape) -> Shape:
+        """The shape of the target."""
+        image, (top, bottom, left, right) = inputs[0], self.padding
+        height, width = image.height + top + bottom, image.width + left + right
+        if min(height, width) < 1:
+            raise ValueError("nothing is left of the image")
+        return Shape(image.channels, height, width)
+
+
+@dataclass
 class Linear(Step):
     """A linear layer over all channels and pixels of its source (in torch's order)."""
 
