@@ -149,6 +149,8 @@ class Between(nn.Module):
         (lambda x, a, b: b(F.pad(a(x), (1, 2, 0, 0))), False),
         (lambda x, a, b: b(a(x).mean(2, keepdim=True) + a(x)), False),
         (lambda x, a, b: b(a(x).transpose(1, 2).flatten(1).unflatten(1, (8, -1))), False),
+        (lambda x, a, b: b(F.max_pool1d(a(x), 2, return_indices=True)[0]), False),
+        (lambda x, a, b: b(torch.cat(tensors=[a(x), a(x)[:, :, :]], dim=1)[:, :8]), False),
         (lambda x, a, b: a(x).mean(-1), True),
         (lambda x, a, b: torch.mean(a(x), 2), True),
         (lambda x, a, b: a(x).flatten(1), True),
@@ -202,6 +204,25 @@ def test_a_convolution_in_a_network_that_cannot_be_traced():
     fast = computed_by("layers", network, x)
     assert_right(network, fast, x, -x)
     assert [row.choice for row in fast.report.rows] == ["sparse kernel"] and regions(fast.fast)
+
+
+class Indices(nn.Module):
+    """An argument that is called as the layer is, and a layer with two results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.pool = nn.Conv1d(4, 8, 3), nn.MaxPool1d(2, return_indices=True)
+
+    def forward(self, layer: Tensor) -> Tensor:
+        largest, indices = self.pool(self.layer(layer))
+        return largest + indices
+
+
+def test_a_layer_with_two_results():
+    network, x = thin(Indices()), torch.randn(2, 4, 20)
+    fast = computed_by("engine", network, x)
+    assert_right(network, fast, x, torch.randn(1, 4, 31))
+    assert len(regions(fast.fast)) == 1
 
 
 class Shaken(nn.Module):

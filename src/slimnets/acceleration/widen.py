@@ -33,8 +33,8 @@ def widen(traced: fx.GraphModule) -> None:
 
     for node in list(graph.nodes):
         sources, module = node.all_input_nodes, module_of(node)
-        is_convolution = str(node.target) in convolutions
-        if any(len(s.meta.get("shape", ())) != 3 for s in sources):
+        is_convolution = node.op == "call_module" and str(node.target) in convolutions
+        if "shape" not in node.meta or any(len(s.meta.get("shape", ())) != 3 for s in sources):
             continue
         if not is_convolution and not any(source in images for source in sources):
             continue
@@ -51,7 +51,8 @@ def widen(traced: fx.GraphModule) -> None:
         args = fx.map_arg(args, image_of)
         with graph.inserting_before(node):
             new = result = graph.create_node(op, target, args, kwargs)
-            new.meta["kind"] = type(module).__name__
+            if is_convolution:
+                new.meta["kind"] = type(module).__name__
             if len(node.meta["shape"]) == 3:
                 result = graph.call_function(torch.squeeze, (new, 2))
                 result.meta["shape"] = node.meta["shape"]
@@ -134,6 +135,8 @@ def _on_images(node: fx.Node) -> Call | None:
         return same if type(module) in LIMITS or type(module) in TWINS else None
     if target in LIMITS or target in SAME:
         return same
+    if not node.args:
+        return None
     source, *rest = node.args
     rest += kwargs.values()
     if target is F.pad:
