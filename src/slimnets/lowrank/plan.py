@@ -1,24 +1,19 @@
 """What becomes of each layer: which rank it gets, or why it is left as it is."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral, Real
-from types import MethodType
 from typing import TypeAlias, cast
 
 from rich.table import Table
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from slimnets.layers import (
     Selector,
     Selectors,
-    address_of,
     as_selectors,
     assign,
     compressed_network,
-    inside_metrics,
     without,
 )
 from slimnets.lowrank.decompose import (
@@ -29,18 +24,12 @@ from slimnets.lowrank.decompose import (
     rank_for_energy,
     rank_for_fraction,
 )
-from slimnets.lowrank.modules import LowRankPair, refusal, replaceable, weights_of
+from slimnets.lowrank.modules import LowRankPair, replaceable, weights_of
+from slimnets.lowrank.reasons import reasons_to_leave
 from slimnets.text import as_text
 
 Rank: TypeAlias = int | float
 """A rank, or a fraction of the layer's full rank in (0, 1)."""
-
-READ_FROM_OUTSIDE = {
-    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
-    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
-    "timm.models.beit.Attention": ("qkv",),
-}
-"""Type of a module to the layers in it that it does not call, for it reads their weights."""
 
 
 @dataclass(frozen=True)
@@ -129,16 +118,11 @@ def plan(
     layers = named_layers(network)
     chosen = without(network, layers, selectors)
     ranks = assign(r, layers, "r", network)
-    holders, beside = _holders(network), _beside_tree(model)
-    inside = {
-        **_read_by_parents(network),
-        **dict.fromkeys(inside_metrics(network), "it is within a metric"),
-    }
-    rows = []
+    reasons, rows = reasons_to_leave(model, layers), []
     for name, layer in layers.items():
         kind, weights = type(layer).__name__, _count(layer)
         asked = "excluded" if name not in chosen else "" if name in ranks else "not in r"
-        reason = asked or _reason_to_leave(layer, holders, inside, beside)
+        reason = asked or reasons[name]
         unmet = None
         if isinstance(layer, LowRankPair) and not asked and energy is None:
             sides = matrix_shape_of_pair(layer.first.weight.shape, layer.second.weight.shape)
@@ -184,95 +168,6 @@ def check_arguments(
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers a user may have in mind: what can be factorized, and what is named as left."""
     return replaceable(model, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-
-
-def _reason_to_leave(
-    layer: nn.Module,
-    holders: Mapping[int, Mapping[str, nn.Module]],
-    inside: Mapping[int, str],
-    beside: Mapping[int, str],
-) -> str:
-    if isinstance(layer, LowRankPair):
-        return f"already a pair of rank {layer.rank}"
-    if reason := refusal(layer):
-        return reason
-    if not cast(Tensor, layer.weight).numel():
-        return "it has no weights"
-    if id(layer) in inside:
-        return inside[id(layer)]
-    for one in (layer, *layer.parameters()):
-        if id(one) in beside:
-            which = "it" if one is layer else "a parameter of it"
-            return f"{which} is also held in {beside[id(one)]}, outside of the module tree"
-    for parameter in layer.parameters():
-        if parameter.is_meta:
-            return "it is on the meta device and has no values yet"
-        for name, other in holders[address_of(parameter)].items():
-            if other is not layer:
-                return f"it shares parameters with {name!r}"
-    return ""
-
-
-def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
-    """Place of each parameter, and the modules that hold it; a tied one is held by several."""
-    holders: dict[int, dict[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(address_of(parameter), {})[name] = module
-    return holders
-
-
-def _read_by_parents(model: nn.Module) -> dict[int, str]:
-    """Id of each layer whose weight a module around it multiplies by itself, and why it is left.
-
-    The product of a pair would be computed at every call, to be multiplied by in full.
-    """
-    return {
-        id(child): f"{type(module).__name__} reads its weight"
-        for module in model.modules()
-        for kind in type(module).__mro__
-        for name in READ_FROM_OUTSIDE.get(f"{kind.__module__}.{kind.__name__}", ())
-        if (child := module._modules.get(name)) is not None
-    }
-
-
-def _beside_tree(model: nn.Module) -> dict[int, str]:
-    """Id of each module and parameter held outside of the module tree, and the attribute.
-
-    No pair would take its place there, so that what runs it would train nothing, and what averages
-    or penalizes it would do so to weights that are no longer the network's. A layer that is
-    compiled by itself is held so, too, by a method of it; what optimizers hold is seen to later.
-    """
-    held: dict[int, str] = {}
-    for module in model.modules():
-        # a Trainer has callbacks that hold layers, LowRank among them
-        own = {"_modules", "_parameters", "_trainer"}
-        found = [(key, value) for key, value in vars(module).items() if key not in own]
-        seen: set[int] = set()
-        for key, value in found:  # grows by what containers hold
-            one = value.__self__ if isinstance(value, MethodType) else value
-            if isinstance(one, nn.Module | nn.Parameter):
-                if one is not module:
-                    held.setdefault(id(one), f"{type(module).__name__}.{key}")
-            elif id(one) not in seen and (inside := _inside(one)):
-                seen.add(id(one))
-                found += [(key, x) for x in inside]
-    return held
-
-
-def _inside(one: object) -> Collection[object]:
-    """What a container, a partial or an object of the user's own holds."""
-    if isinstance(one, dict):
-        return one.values()
-    if isinstance(one, list | tuple | set):
-        return one
-    if isinstance(one, partial):
-        return (one.func, *one.args, *one.keywords.values())
-    if isinstance(one, Optimizer):
-        return ()
-    package = type(one).__module__.partition(".")[0]
-    is_plain = hasattr(one, "__dict__") and package not in ("builtins", "torch", "lightning")
-    return vars(one).values() if is_plain and not isinstance(one, type) else ()
 
 
 def _pair_for(
