@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -68,6 +69,7 @@ def observe(
     def wanted() -> bool:
         return not observation.is_paused and (torch.is_grad_enabled() or not training)
 
+    @partial(torch.compiler.disable, recursive=False)  # the teacher may be compiled
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
         if wanted():
             answers.append(ask_teacher(*args, **kwargs))
@@ -133,6 +135,7 @@ class Report:
             return False
         return is_classes(self._target, logits.movedim(-1, 1))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def log(self, module: L.LightningModule, step: str) -> None:
         """Log below the name of the stage of ``step``: of losses the sum, of others the mean."""
         if module._trainer is None or module.trainer.barebones:
