@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 from functools import partial
 
 import lightning as L
@@ -331,7 +332,9 @@ def test_the_bar_of_rich_shows_the_sparsity(make_trainer, monkeypatch):
     assert "sparsity: 0.751" in text.getvalue()
 
 
-def test_summaries_show_the_factorized_layers(make_trainer, capsys, caplog):
+def test_summaries_show_the_factorized_layers(make_trainer, capsys, caplog, monkeypatch):
+    # where the root had no handler yet, Lightning's log goes past it
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     for summary in (ModelSummary(max_depth=4), RichModelSummary(max_depth=4)):
         module = distilled()
         trainer = make_trainer(
