@@ -111,7 +111,7 @@ def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
     by_name = inspect.signature(network.forward).bind(*free).arguments
     with warnings.catch_warnings():  # the exporters' own, about versions to come
         warnings.simplefilter("ignore")
-        program = torch.export.export(network, example, dynamic_shapes=dict(by_name))
+        program = torch.export.export(network, example, dynamic_shapes=dict(by_name), strict=False)
         if not mobile and (limits := _limits(program, free)):
             log.warning("export: %s, as the network is written", "; ".join(limits))
         if mobile:
