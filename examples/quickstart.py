@@ -3,7 +3,8 @@
     python examples/quickstart.py
     tensorboard --logdir lightning_logs
 
-Scikit-learn's handwritten digits are the data, so that nothing has to be downloaded.
+Needs ``pip install ".[examples,fast]"``. Scikit-learn's handwritten digits are the data, so that
+nothing has to be downloaded.
 """
 # ruff: noqa: D102 -- what the hooks of a LightningModule do is known
 
