@@ -4,7 +4,8 @@
     python examples/cifar10.py --data-dir DIR      # has DIR/train/CLASS/* and DIR/test/CLASS/*
     python examples/cifar10.py --teacher vgg19.safetensors --student vgg19 --rank paper
 
-Needs ``pip install ".[examples,fast]"``. Without a file of the teacher's weights, VGG-19 is trained first, for as many epochs as the student.
+Needs ``pip install ".[examples,fast]"``. Without a file of the teacher's weights, VGG-19
+is trained first, for as many epochs as the student.
 """
 # ruff: noqa: D102 -- what the hooks of a LightningModule do is known
 

@@ -3,7 +3,8 @@
     python examples/quickstart.py                               # trains the teacher
     python examples/cli.py fit --config examples/compress.yaml
 
-Needs ``pip install ".[examples]"``. Like any LightningCLI it takes each value from the command line too: ``--trainer.max_epochs 5``.
+Needs ``pip install ".[examples]"``. Like any LightningCLI it takes each value from the command
+line too: ``--trainer.max_epochs 5``.
 """
 
 from pathlib import Path
