@@ -63,6 +63,8 @@ def train_one_rank(folder: Path, kind: str) -> None:
     trainer.fit(module, loader, loader)
     state = {"weights": module.state_dict(), "metrics": dict(trainer.callback_metrics)}
     torch.save(state, folder / f"{trainer.global_rank}.pt")
+    # Lightning leaves it to the end of the process, which its threads may abort
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -49,6 +49,8 @@ trainer.save_checkpoint(folder / "last.ckpt")
 (folder / f"{trainer.global_rank}.json").write_text(json.dumps(hashes.seen))
 if trainer.is_global_zero:
     torch.save(module.state_dict(), folder / "weights.pt")
+# Lightning leaves it to the end of the process, which its threads may abort
+torch.distributed.destroy_process_group()
 """
 
 
