@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from shared import PAPER_RANKS, VGG
-from torch import nn
+from torch import Tensor, nn
 
 from slimnets.acceleration import accelerate, export
 from slimnets.acceleration.attention import Swapped
@@ -41,10 +41,35 @@ def transformer() -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
+class CausalBlock(nn.Module):
+    """Two dilated convolutions that see what came before, and a residual sum."""
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.past = 4 * dilation  # of a kernel of five
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(channels, channels, 5, padding=self.past, dilation=dilation) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A sequence (batch, channels, steps) of the same shape."""
+        y = x
+        for convolution in self.convolutions:
+            y = torch.relu(convolution(y)[:, :, : -self.past])
+        return torch.relu(x + y)
+
+
+def tcn() -> nn.Module:
+    """A temporal convolutional network (Bai et al. 2018, arXiv 1803.01271), 64 channels wide."""
+    blocks = (CausalBlock(64, 2**level) for level in range(5))
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "vgg19": (lambda: VGG(19), (3, 32, 32)),
     "resnet18": (resnet18, (3, 224, 224)),
     "transformer": (transformer, (128, 512)),
+    "tcn": (tcn, (64, 200)),
     "tiny": (lambda: VGG(19, width=1 / 8), (3, 32, 32)),
 }
 

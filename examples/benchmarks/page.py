@@ -88,6 +88,11 @@ NETWORKS = {
         "a Transformer encoder",
         "Two `nn.TransformerEncoderLayer` of width 512 and 2048, 8 heads, sequences of 128",
     ),
+    "tcn": (
+        "a temporal convolutional network",
+        "Five blocks of two causal `nn.Conv1d` (64 channels, kernel 5, dilation 1 to 16) with a "
+        "residual sum, sequences of 200",
+    ),
     "tiny": ("a narrow VGG-19", "VGG-19 with an eighth of the channels"),
 }
 
