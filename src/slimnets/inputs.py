@@ -8,21 +8,13 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 
-def arguments_in(example_input: Any) -> tuple[Any, ...]:
-    """The arguments of ``forward`` that ``example_input`` is: those in a tuple, or itself.
-
-    A tuple of a type of its own, such as a PackedSequence, is one argument.
-    """
-    is_plain = isinstance(example_input, tuple) and not hasattr(example_input, "_fields")
-    return example_input if is_plain else (example_input,)
-
-
 def arguments_for(network: nn.Module, example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What ``forward`` of ``network`` is called with, as far as possible by position.
 
     Args:
         network: Whose names the keys of a dictionary are.
-        example_input: A dictionary of keyword arguments, or as for :func:`arguments_in`.
+        example_input: A dictionary of keyword arguments, a tuple of positional ones, or one alone;
+            a tuple of a type of its own, such as a PackedSequence, is one.
 
     Returns:
         The positional arguments, with the defaults of those between them, and the others by name.
@@ -41,7 +33,8 @@ def arguments_for(network: nn.Module, example_input: Any) -> tuple[tuple[Any, ..
                 "example_input: got a list, which is one argument, and forward takes several; give "
                 "a tuple of them"
             )
-        return arguments_in(example_input), {}
+        is_plain = isinstance(example_input, tuple) and not hasattr(example_input, "_fields")
+        return (example_input if is_plain else (example_input,)), {}
     try:
         signature = inspect.signature(network.forward)
     except ValueError:  # what torch.jit.trace has made has none
@@ -59,10 +52,10 @@ def arguments_for(network: nn.Module, example_input: Any) -> tuple[tuple[Any, ..
     return bound.args, bound.kwargs
 
 
-def _fits(network: nn.Module, *args: Any) -> bool:
-    """Whether ``forward`` can be called with ``args``, as far as its signature tells."""
+def _fits(network: nn.Module, argument: Any) -> bool:
+    """Whether ``forward`` can be called with ``argument`` alone, as far as its signature tells."""
     try:
-        inspect.signature(network.forward).bind(*args)
+        inspect.signature(network.forward).bind(argument)
     except TypeError:
         return False
     except ValueError:  # as above

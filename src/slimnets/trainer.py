@@ -61,7 +61,7 @@ def averages(
 def averaged_networks(trainer: L.Trainer) -> Iterator[nn.Module]:
     """The averaged copies of the compressed network that callbacks on ``trainer`` keep."""
     for _, average in averages(trainer):
-        yield compressed_network(unwrapped(average))
+        yield compressed_network(average)
 
 
 def unwrapped(average: nn.Module) -> nn.Module:

@@ -112,7 +112,8 @@ def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
     with warnings.catch_warnings():  # the exporters' own, about versions to come
         warnings.simplefilter("ignore")
         program = torch.export.export(network, example, dynamic_shapes=dict(by_name), strict=False)
-        if not mobile and (limits := _limits(program, free)):
+        limits = [] if mobile else _limits(program, free)
+        if limits:
             log.warning("export: %s, as the network is written", "; ".join(limits))
         if mobile:
             path.write_bytes(_executorch(program))
@@ -122,7 +123,8 @@ def _write(network: nn.Module, example: tuple[Any, ...], path: Path) -> None:
             path.write_bytes(archive.getbuffer())
         else:
             torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
-            _fix_sizes(path)
+            if limits:
+                _fix_sizes(path)
 
 
 def _limits(program: torch.export.ExportedProgram, free: tuple[Any, ...]) -> list[str]:

@@ -237,9 +237,9 @@ def _of_graph(graph: fx.GraphModule, example: tuple[Any, ...]) -> Choice:
     for name, module in opaque(graph).items():
         if name in arguments:
             rows += swap_layers(module, arguments[name], f"{name}.")
-    widen(graph)
-    Recorder(graph).run(*example)
-    removed |= shrink(graph)  # of one-dimensional layers
+    if widen(graph):
+        Recorder(graph).run(*example)
+        removed |= shrink(graph)  # of what was one-dimensional
     choice = choose(graph, example, removed)
     for found in choice.rows.values():
         found.extend(rows)

@@ -15,15 +15,20 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """What a node calls, its arguments and its keyword arguments."""
 
 
-def widen(traced: fx.GraphModule) -> None:
+def widen(traced: fx.GraphModule) -> bool:
     """Compute one-dimensional convolutions, and what lies between them, on images of one row.
 
     Results stay sequences where anything else reads them. The nodes need their shapes in ``meta``;
     new ones have none.
+
+    Returns:
+        Whether there was such a convolution.
     """
     images: dict[fx.Node, fx.Node] = {}  # of sequences
     twins: dict[str, nn.Module] = {}
     graph, convolutions = traced.graph, _convolutions(traced.graph)
+    if not convolutions:
+        return False
 
     def image_of(sequence: fx.Node) -> fx.Node:
         if sequence not in images:
@@ -65,6 +70,7 @@ def widen(traced: fx.GraphModule) -> None:
         if sequence.target is torch.squeeze and not sequence.users:
             graph.erase_node(sequence)
     traced.recompile()
+    return True
 
 
 def _convolutions(graph: fx.Graph) -> set[str]:

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from slimnets.layers import Selectors, as_selectors, compressed_network
 from slimnets.pruning.criteria import Criterion, check_criterion, magnitude
-from slimnets.pruning.masks import zero_
+from slimnets.pruning.masks import zero_pruned
 from slimnets.pruning.pruner import Pruner, warn_of_empty
 from slimnets.pruning.weights import (
     Scope,
@@ -107,10 +107,5 @@ def keep_zeros(
                 f"masks[{name!r}]: {type(model).__name__} has no weight of this name and shape "
                 f"{tuple(mask.shape)}"
             )
-    pruned = {own[name]: ~mask for name, mask in masks.items()}
-
-    def zero(*_: object) -> None:
-        for weights, mask in pruned.items():
-            zero_(weights.data, mask.to(weights.device))
-
-    return optimizer.register_step_post_hook(zero)
+    pruned = {name: (~mask).to(own[name].device) for name, mask in masks.items()}
+    return optimizer.register_step_post_hook(lambda *_: zero_pruned(own, pruned))

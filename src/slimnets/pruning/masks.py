@@ -1,6 +1,6 @@
 """From scores to masks, exactly k weights over one tensor or many; and masks applied."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +66,13 @@ def zero_(values: Tensor, chosen: Tensor) -> None:
     flat, marks = values.view(-1).view(bits), chosen.view(-1).view(torch.int8)
     for part, mark in zip(flat.split(_CHUNK), marks.split(_CHUNK), strict=True):
         part.bitwise_and_(mark.to(bits).sub_(1))
+
+
+def zero_pruned(weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+    """Set what is ``pruned``, by name of the weight, to +0.0, past autograd's count of changes."""
+    for name, mask in pruned.items():
+        # .data, since to write zeros where there are zeros must not break a backward to come
+        zero_(weights[name].data, mask.to(weights[name].device))
 
 
 def _kth(scores: Sequence[Tensor], k: int) -> tuple[float, int]:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from slimnets.pruning.criteria import Criterion, magnitude
-from slimnets.pruning.masks import lowest, zero_
+from slimnets.pruning.masks import lowest, zero_, zero_pruned
 from slimnets.pruning.weights import (
     Scope,
 )
@@ -163,9 +163,7 @@ class Pruner:
 
     def apply(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Set the pruned weights to zero, in ``parameters`` that may be a copy of the network's."""
-        for name, mask in self.pruned.items():
-            # .data, since to write zeros where there are zeros must not break a backward to come
-            zero_(parameters[name].data, mask.to(parameters[name].device))
+        zero_pruned(parameters, self.pruned)
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, so that norms are those of the live ones."""
