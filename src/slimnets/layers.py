@@ -224,6 +224,11 @@ def address_of(parameter: Tensor) -> int:
     return (is_plain and parameter.data_ptr()) or id(parameter)
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often ``tensor`` has been changed in place; 0 where PyTorch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def refuse_lazy(network: nn.Module, argument: str) -> None:
     """Raise ValueError, which names ``argument``, if a lazy layer has no weights yet."""
     for name, tensor in chain(network.named_parameters(), network.named_buffers()):

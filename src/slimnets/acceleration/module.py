@@ -30,10 +30,10 @@ from slimnets.acceleration.prepare import (
 )
 from slimnets.acceleration.report import Report
 from slimnets.acceleration.shrink import shrink
-from slimnets.acceleration.trace import version_of, versions_of
+from slimnets.acceleration.trace import versions_of
 from slimnets.acceleration.widen import widen
 from slimnets.inputs import arguments_for, tensors_in
-from slimnets.layers import compressed_network
+from slimnets.layers import compressed_network, version_of
 from slimnets.lowrank.modules import pairs_of
 
 LEAST_GAIN = 1.05

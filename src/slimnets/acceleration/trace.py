@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_unflatten
 
 from slimnets.acceleration.nodes import has_hooks, is_plain
 from slimnets.acceleration.views import flatten_views, order_in_place
 from slimnets.generators import generators_kept
+from slimnets.layers import version_of
 
 
 class _Proxy(fx.Proxy):
@@ -183,8 +184,3 @@ def versions_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     """What differs after a parameter or buffer of ``model`` has been changed or exchanged."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {n: (id(t), version_of(t)) for n, t in tensors}
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often ``tensor`` has been changed in place; 0 where PyTorch does not count."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimnets.distillation.losses import logit_regression, logits_of, soft_targets
+from slimnets.layers import version_of
 
 STAGES = {"training_step": "train", "validation_step": "val", "test_step": "test"}
 
@@ -197,9 +198,8 @@ def _refuse_other_logits(loss: Callable[[Any, Any], Tensor], seen: Pass, report:
 
 
 def _version_of(output: Any) -> int:
-    """How often the logits in ``output`` have been changed; inference mode does not count."""
     logits = logits_of(output)
-    return 0 if logits is None or logits.is_inference() else logits._version
+    return 0 if logits is None else version_of(logits)
 
 
 def is_classes(target: Any, logits: Tensor) -> bool:
