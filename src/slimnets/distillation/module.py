@@ -14,10 +14,7 @@ from torch.optim import Optimizer
 from slimnets.distillation.arguments import (
     check_logits,
     check_networks,
-    check_probabilities,
     check_settings,
-    cross_entropy,
-    input_and_target,
     no_logits,
     observed_module,
     refuse_undistilled,
@@ -38,6 +35,7 @@ from slimnets.distillation.observation import (
     distillation_loss,
     observe,
 )
+from slimnets.distillation.task import check_probabilities, cross_entropy, input_and_target
 from slimnets.distillation.teacher import Teacher, load_weights
 from slimnets.lowrank.follow import follow_state_dict
 from slimnets.trainer import spell

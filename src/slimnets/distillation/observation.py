@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimnets.distillation.losses import logit_regression, logits_of, soft_targets
+from slimnets.distillation.task import is_classes
 from slimnets.layers import version_of
 
 STAGES = {"training_step": "train", "validation_step": "val", "test_step": "test"}
@@ -200,15 +201,6 @@ def _refuse_other_logits(loss: Callable[[Any, Any], Tensor], seen: Pass, report:
 def _version_of(output: Any) -> int:
     logits = logits_of(output)
     return 0 if logits is None else version_of(logits)
-
-
-def is_classes(target: Any, logits: Tensor) -> bool:
-    """Whether ``target`` holds the index of a class for every position of ``logits``."""
-    return (
-        isinstance(target, Tensor)
-        and not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-        and target.shape == logits.shape[:1] + logits.shape[2:]
-    )
 
 
 def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
