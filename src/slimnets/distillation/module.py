@@ -28,10 +28,10 @@ from slimnets.distillation.delegation import (
     weighed_backward,
 )
 from slimnets.distillation.losses import DEFAULT_TEMPERATURE, soft_targets
+from slimnets.distillation.metrics import StepMetrics
 from slimnets.distillation.observation import (
     Observation,
     Pass,
-    Report,
     distillation_loss,
     observe,
 )
@@ -176,20 +176,20 @@ class DistillationModule(L.LightningModule):
         if name not in self._checked:  # once, for a GPU is waited for
             check_probabilities(target)
             self._checked.add(name)
-        report = Report(batch)
-        total = self._weighted(loss, seen.take(), report)
-        report.add("loss", total)
-        report.log(self, name)
+        metrics = StepMetrics(batch)
+        total = self._weighted(loss, seen.take(), metrics)
+        metrics.add("loss", total)
+        metrics.log(self, name)
         return total
 
     def _students_training_step(
         self, name: str, step: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        report = Report(args[0] if args else None)
+        metrics = StepMetrics(args[0] if args else None)
         with (
             self._observed(training=True) as seen,
             weighed_backward(
-                self.student, lambda loss: self._weighted(loss, seen.take(), report), seen.paused
+                self.student, lambda loss: self._weighted(loss, seen.take(), metrics), seen.paused
             ),
         ):
             output = step(*args, **kwargs)
@@ -198,20 +198,20 @@ class DistillationModule(L.LightningModule):
             passes = seen.take()
             if not passes:
                 raise RuntimeError(no_logits(self.student, self._logits))
-            total = self._weighted(loss, passes, report)
+            total = self._weighted(loss, passes, metrics)
             output = {**output, "loss": total} if isinstance(output, Mapping) else total
-        report.log(self, name)
+        metrics.log(self, name)
         return output
 
     def _students_evaluation_step(
         self, name: str, step: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        report = Report(args[0] if args else None)
+        metrics = StepMetrics(args[0] if args else None)
         with self._observed(training=False) as seen:
             output = step(*args, **kwargs)
         if passes := seen.take():
-            distillation_loss(self._loss, passes, report)
-        report.log(self, name)
+            distillation_loss(self._loss, passes, metrics)
+        metrics.log(self, name)
         return output
 
     @student_hook(around=_students_training_step)
@@ -305,11 +305,11 @@ class DistillationModule(L.LightningModule):
         self._teacher.to(self._student_device())
         return self._teacher(*args, **kwargs)
 
-    def _weighted(self, loss: Tensor, passes: list[Pass], report: Report) -> Tensor:
-        report.add("student_loss", loss)
+    def _weighted(self, loss: Tensor, passes: list[Pass], metrics: StepMetrics) -> Tensor:
+        metrics.add("student_loss", loss)
         if not passes:
             return (1 - self._alpha) * loss
-        distilled = distillation_loss(self._loss, passes, report)
+        distilled = distillation_loss(self._loss, passes, metrics)
         self._has_distilled = True
         # a term without weight may be NaN, as the cross entropy of a batch without a label is
         if self._alpha in (0, 1):

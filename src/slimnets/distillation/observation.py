@@ -1,20 +1,16 @@
 """The forward passes that a step makes anyway, each with the teacher's output for its inputs."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
 from slimnets.distillation.losses import logit_regression, logits_of, soft_targets
-from slimnets.distillation.task import is_classes
+from slimnets.distillation.metrics import StepMetrics
 from slimnets.layers import version_of
-
-STAGES = {"training_step": "train", "validation_step": "val", "test_step": "test"}
 
 
 class Pass(NamedTuple):
@@ -91,73 +87,10 @@ def observe(
             handle.remove()
 
 
-class Report:
-    """What is told of a step: the terms of its loss, and how well student and teacher agree.
-
-    Args:
-        batch: The step's batch. Where it is an (input, target) pair with the index of a class for
-            every position of the logits, accuracies are told.
-    """
-
-    def __init__(self, batch: Any) -> None:
-        self.samples = 0
-        self._target = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
-        self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Note ``value``; several backward calls make several of one name."""
-        self._values[name].append(value.detach())
-
-    def measure(self, seen: Pass) -> None:
-        """Note how often student and teacher agree, and how often each is right, as fractions.
-
-        Nothing is noted of outputs that are not class logits of equal shapes.
-        """
-        student, teacher = logits_of(seen.student), logits_of(seen.teacher)
-        if (
-            student is None
-            or teacher is None
-            or student.shape != teacher.shape
-            or student.ndim < 2
-            or student.shape[1] < 2  # no classes to choose from
-        ):
-            self.samples += 1
-            return
-        if self.has_classes_last(student):  # which a loss of the user's takes as they are
-            student, teacher = student.movedim(-1, 1), teacher.movedim(-1, 1)
-        self.samples += len(student)
-        self.add("agreement", _accuracy(student, teacher.argmax(dim=1)))
-        if self._target is not None and is_classes(self._target, student):
-            self.add("student_accuracy", _accuracy(student, self._target))
-            self.add("teacher_accuracy", _accuracy(teacher, self._target))
-
-    def has_classes_last(self, logits: Tensor) -> bool:
-        """Whether the batch tells that ``logits`` are of shape ``(batch, ..., classes)``."""
-        if logits.ndim < 3 or is_classes(self._target, logits):
-            return False
-        return is_classes(self._target, logits.movedim(-1, 1))
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def log(self, module: L.LightningModule, step: str) -> None:
-        """Log below the name of the stage of ``step``: of losses the sum, of others the mean."""
-        if module._trainer is None or module.trainer.barebones:
-            return
-        stage = STAGES[step]
-        for name, values in self._values.items():
-            stacked = torch.stack(values)
-            module.log(
-                f"{stage}/{name}",
-                stacked.sum() if name.endswith("loss") else stacked.mean(),
-                prog_bar=name == "loss",
-                sync_dist=stage != "train",
-                batch_size=max(self.samples, 1),
-            )
-
-
 def distillation_loss(
-    loss: Callable[[Any, Any], Tensor], passes: list[Pass], report: Report
+    loss: Callable[[Any, Any], Tensor], passes: list[Pass], metrics: StepMetrics
 ) -> Tensor:
-    """The mean of ``loss`` over ``passes``, which ``report`` is told.
+    """The mean of ``loss`` over ``passes``, which ``metrics`` note with how well the passes agree.
 
     Raises:
         TypeError: If ``loss`` returns anything but a tensor of one value.
@@ -166,7 +99,7 @@ def distillation_loss(
     """
     values = []
     for seen in passes:
-        _refuse_other_logits(loss, seen, report)
+        _refuse_other_logits(loss, seen, metrics)
         value = loss(seen.student, seen.teacher)
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -175,13 +108,15 @@ def distillation_loss(
                 "batch, with .mean() for example"
             )
         values.append(value.reshape(()))
-        report.measure(seen)
+        metrics.measure(seen.student, seen.teacher)
     mean = torch.stack(values).mean()
-    report.add("distillation_loss", mean)
+    metrics.add("distillation_loss", mean)
     return mean
 
 
-def _refuse_other_logits(loss: Callable[[Any, Any], Tensor], seen: Pass, report: Report) -> None:
+def _refuse_other_logits(
+    loss: Callable[[Any, Any], Tensor], seen: Pass, metrics: StepMetrics
+) -> None:
     if _version_of(seen.student) != seen.version:
         raise RuntimeError(
             "the student's logits were changed in place after its forward pass, and the "
@@ -189,7 +124,7 @@ def _refuse_other_logits(loss: Callable[[Any, Any], Tensor], seen: Pass, report:
         )
     logits = logits_of(seen.student)
     is_ours = getattr(loss, "func", loss) in (soft_targets, logit_regression)
-    if is_ours and logits is not None and report.has_classes_last(logits):
+    if is_ours and logits is not None and metrics.has_classes_last(logits):
         raise ValueError(
             f"the logits have shape {tuple(logits.shape)}, with the classes last as the targets "
             "tell, and the distillation loss takes (batch, classes, ...): return "
@@ -201,10 +136,3 @@ def _refuse_other_logits(loss: Callable[[Any, Any], Tensor], seen: Pass, report:
 def _version_of(output: Any) -> int:
     logits = logits_of(output)
     return 0 if logits is None else version_of(logits)
-
-
-def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    counted = (target >= 0) & (target < logits.shape[1])  # not -100, 255 and what else is ignored
-    # to pick those out would have the GPU be waited for, at every step
-    right = (logits.argmax(dim=1) == target) & counted
-    return right.sum() / counted.sum().clamp(min=1)

@@ -1,6 +1,6 @@
 """The task of a student that is a plain ``nn.Module``: classes, by cross entropy."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def check_probabilities(target: Any) -> None:
             )
 
 
-def is_classes(target: Any, logits: Tensor) -> bool:
+def is_classes(target: Any, logits: Tensor) -> TypeGuard[Tensor]:
     """Whether ``target`` holds the index of a class for every position of ``logits``."""
     return (
         isinstance(target, Tensor)
