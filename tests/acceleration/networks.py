@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimnets.acceleration import inside, module
+from slimnets.acceleration import convert, inside
 from slimnets.acceleration.codes import NO_ENGINE
-from slimnets.acceleration.module import Accelerated, accelerate
+from slimnets.acceleration.convert import accelerate
+from slimnets.acceleration.module import Accelerated
 
 TOLERANCE = 1e-4
 
@@ -62,7 +63,7 @@ def computed_by(variant: str, network: nn.Module, example: Any) -> Accelerated:
         return next(one for one in (variant, "engine", "dense", *times) if one in times)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "fastest", preferred)
+        patch.setattr(convert, "fastest", preferred)
         patch.setattr(inside, "fastest", preferred)
         found = accelerate(network, example)
     assert found.fast is not None, found.report.note

@@ -18,7 +18,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import slimnets
 from slimnets.acceleration import codes
-from slimnets.acceleration.module import Accelerated, accelerate
+from slimnets.acceleration.convert import accelerate
+from slimnets.acceleration.module import Accelerated
 from tests.acceleration.networks import (
     TOLERANCE,
     assert_right,
@@ -139,7 +140,7 @@ def test_a_single_layer_and_a_shared_one():
 WITHOUT_NUMBA = """
 import torch
 from torch import nn
-from slimnets.acceleration import module
+from slimnets.acceleration import convert
 torch.manual_seed(0)
 torch.set_num_threads(1)
 net = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
@@ -149,8 +150,8 @@ with torch.no_grad():
         if p.dim() > 1:
             p.mul_(torch.rand_like(p) > 0.98)
     x = torch.randn(1, 32, 16, 16)
-    module.fastest = lambda times, least_gain: "dense"
-    fast = module.accelerate(net, x)
+    convert.fastest = lambda times, least_gain: "dense"
+    fast = convert.accelerate(net, x)
     assert "engine" not in fast.report.tried
     x = torch.randn(3, 32, 16, 16)
     torch.testing.assert_close(fast.fast(x), net(x), rtol=1e-4, atol=1e-4)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from slimnets.acceleration.convert import accelerate
 from slimnets.acceleration.export import export
-from slimnets.acceleration.module import accelerate
 from slimnets.acceleration.prepare import graph_of, same_draws, simplify
 from slimnets.acceleration.trace import trace
 from tests.acceleration.networks import assert_right, body, computed_by, prune

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import slimnets
-from slimnets.acceleration.module import Accelerated, accelerate
+from slimnets.acceleration.convert import accelerate
+from slimnets.acceleration.module import Accelerated
 from slimnets.acceleration.nodes import is_plain
 from slimnets.acceleration.prepare import graph_of
 from slimnets.acceleration.report import Report, Row
