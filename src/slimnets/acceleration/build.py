@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from slimnets.acceleration import codes
+from slimnets.acceleration.arena import Arena, Arrays
 from slimnets.acceleration.layout import (
     Layout,
     Tiling,
@@ -18,7 +19,6 @@ from slimnets.acceleration.layout import (
 )
 from slimnets.acceleration.phases import Phases
 from slimnets.acceleration.steps import (
-    CACHE_LINE,
     Add,
     Clamp,
     Concat,
@@ -30,11 +30,7 @@ from slimnets.acceleration.steps import (
     Pool,
     Shape,
     Step,
-    aligned,
 )
-
-SLACK = 4096
-"""Floats before and after the arena, for tiles that read past the end of a value."""
 
 DENSE_GAIN = 3
 """Products of the dense kernel in the time of one of the sparse kernel."""
@@ -84,79 +80,44 @@ class _Builder:
         self.shapes = dict(inputs)
         for step in steps:
             self.shapes[step.target] = step.shape(*(self.shapes[s] for s in step.sources))
-        self.margins = self._margins()
-        self.last_use = {s: i for i, step in enumerate(steps) for s in step.sources}
-        self.last_use.update(dict.fromkeys(outputs, len(steps)))
+        self.arena, self.arrays = Arena(steps, self.shapes, samples), Arrays()
         self.ops: list[dict[int, int]] = []
         self.floats: list[tuple[float, float, float]] = []
         self.owners: list[str] = []
-        self.data: list[Any] = []
         self.matrices: dict[int, Matrix] = {}  # by the numbers of their ops
-        self.size = CACHE_LINE  # bytes of the data; no address in it is 0, which is none
-        self.places: dict[int, int] = {}
-        self.free: dict[Layout, list[int]] = {}
-        self.end, self.scratch, self.work = SLACK, 16, 0
+        self.scratch, self.work = 16, 0
 
     def table(self) -> Table:
+        last_use = {s: i for i, step in enumerate(self.steps) for s in step.sources}
+        last_use.update(dict.fromkeys(self.outputs, len(self.steps)))
         for number, (value, _) in enumerate(self.inputs):
             self._border(codes.IMPORT, number, value)
         for i, step in enumerate(self.steps):
             self._step(step)
-            for source in set(step.sources) | {step.target}:
-                if self.last_use.get(source, -1) <= i:
-                    self._release(source)
+            for value in set(step.sources) | {step.target}:
+                if last_use.get(value, -1) <= i:
+                    self.arena.release(value)
         for number, value in enumerate(self.outputs):
             self._border(codes.EXPORT, len(self.inputs) + number, value)
         ops = np.zeros((len(self.ops), codes.FIELDS), np.int64)
         for i, op in enumerate(self.ops):
             ops[i, list(op)] = list(op.values())
-        data = self._together(ops)
-        floats = np.array(self.floats, np.float32).reshape(-1, 3)
-        shapes, end = [self.shapes[v] for v in self.outputs], self.end + SLACK
-        if end > 2**31 - 1:
-            raise ValueError("offsets that do not fit 32 bits")
-        dense_bytes = sum(matrix.values.nbytes for matrix in self.matrices.values())
+        data = self.arrays.together()
+        for column in codes.ADDRESSES:
+            ops[ops[:, column] > 0, column] += data.ctypes.data
+        for i, matrix in self.matrices.items():  # which tables share
+            ops[i, codes.VALUES] = matrix.values.ctypes.data
         return Table(
             ops,
-            floats,
-            arena=end,
+            floats=np.array(self.floats, np.float32).reshape(-1, 3),
+            arena=self.arena.floats,
             scratch=self.scratch,
-            outputs=shapes,
+            outputs=[self.shapes[value] for value in self.outputs],
             work=self.work,
             owners=self.owners,
-            data=data,
-            dense_bytes=dense_bytes,
+            data=(data, self.matrices),
+            dense_bytes=sum(matrix.values.nbytes for matrix in self.matrices.values()),
         )
-
-    def _margins(self) -> dict[tuple[int, int], tuple[int, int]]:
-        """Zeros around all images of one size, so that values can be added as they lie."""
-        margins: dict[tuple[int, int], tuple[int, int]] = {}
-        for step in self.steps:
-            if isinstance(step, Pad) or (isinstance(step, Conv) and step.stride == (1, 1)):
-                shape = self.shapes[step.sources[0]]
-                top, left = margins.get((shape.height, shape.width), (0, 0))
-                p = step.padding
-                margins[shape.height, shape.width] = max(top, *p[:2]), max(left, *p[2:])
-        return margins
-
-    def _layout(self, value: int) -> Layout:
-        shape = self.shapes[value]
-        top, left = self.margins.get((shape.height, shape.width), (0, 0))
-        return Layout(shape, self.samples, top, left)
-
-    def _allocate(self, layout: Layout) -> int:
-        """A place in the arena; one that held the same layout has its zero margins already."""
-        if self.free.get(layout):
-            return self.free[layout].pop()
-        place, self.end = self.end, self.end + -(-layout.floats // 16) * 16
-        return place
-
-    def _release(self, value: int) -> None:
-        self.free.setdefault(self._layout(value), []).append(self.places.pop(value))
-
-    def _target(self, value: int) -> int:
-        self.places[value] = self._allocate(self._layout(value))
-        return self.places[value]
 
     def _emit(
         self,
@@ -172,41 +133,19 @@ class _Builder:
         limits = (step.low, step.high) if step else (-np.inf, np.inf)
         self.floats.append((scale, *limits))
 
-    def _array(self, values: Any, kind: Any) -> int:
-        """Where the values will stand in the data, in bytes."""
-        array = np.ascontiguousarray(values, kind).view(np.uint8).ravel()
-        at = self.size
-        self.data.append((at, array))
-        self.size += -(-array.nbytes // CACHE_LINE) * CACHE_LINE
-        return at
-
-    def _together(self, ops: Any) -> Any:
-        """All arrays in one, which huge pages can back, and matrices, which tables share.
-
-        ``ops`` get their addresses.
-        """
-        data = aligned(self.size // 4).view(np.uint8)
-        for at, array in self.data:
-            data[at : at + array.nbytes] = array
-        for column in codes.ADDRESSES:
-            ops[ops[:, column] > 0, column] += data.ctypes.data
-        for i, matrix in self.matrices.items():
-            ops[i, codes.VALUES] = matrix.values.ctypes.data
-        return data, self.matrices
-
     def _border(self, code: int, number: int, value: int) -> None:
-        at = self._target(value) if code == codes.IMPORT else self.places[value]
+        at = self.arena.put(value) if code == codes.IMPORT else self.arena.places[value]
         op = {codes.CODE: code, codes.NUMBER: number, codes.PLACE: at}
-        self._emit(op | _image(self._layout(value)))
+        self._emit(op | _image(self.arena.layout(value)))
 
     def _step(self, step: Step) -> None:
         match step:
             case Conv():
                 self._conv(step)
             case Linear():
-                self._linear(step)
+                self._conv(step.as_conv(self.shapes[step.sources[0]]))
             case Pad():
-                self._pad(step)
+                self._conv(step.as_conv(self.shapes[step.target].channels))
             case Pool():
                 self._pool(step)
             case Add():
@@ -216,33 +155,11 @@ class _Builder:
             case Concat():
                 self._concat(step)
 
-    def _linear(self, step: Linear) -> None:
-        image = self.shapes[step.sources[0]]
-        conv = Conv(
-            step.sources,
-            step.target,
-            step.low,
-            step.high,
-            name=step.name,
-            weight=step.kernel(image),
-            bias=step.bias,
-            kernel=(image.height, image.width),
-        )
-        self._conv(conv)
-
-    def _pad(self, step: Pad) -> None:
-        channels = self.shapes[step.target].channels
-        ones = NonZeros.of(np.ones((channels, 1, 1, 1), np.float32), channels)
-        limits = (step.low, step.high)
-        bias = np.zeros(channels, np.float32)
-        places = (step.sources, step.target)
-        self._conv(Conv(*places, *limits, weight=ones, bias=bias, padding=step.padding))
-
     def _conv(self, step: Conv) -> None:
-        source, at = self._layout(step.sources[0]), self.places[step.sources[0]]
-        residual = self.places[step.sources[1]] if len(step.sources) > 1 else -1
-        target = self._target(step.target)
-        image, weight = self._layout(step.target), step.weight
+        source, at = self.arena.layout(step.sources[0]), self.arena.places[step.sources[0]]
+        residual = self.arena.places[step.sources[1]] if len(step.sources) > 1 else -1
+        target = self.arena.put(step.target)
+        image, weight = self.arena.layout(step.target), step.weight
         if step.stride == (1, 1):
             offsets, pitch = self._taps(step, source), source.pitch
         else:
@@ -265,11 +182,11 @@ class _Builder:
             codes.OUT_PLANE: image.plane,
             codes.X_STEP: tiles.x_step,
             codes.Y_STEP: tiles.y_step,
-            codes.STARTS: self._array(tiles.starts, np.int32),
+            codes.STARTS: self.arrays.add(tiles.starts, np.int32),
             codes.TILES: len(tiles.starts),
             codes.TILE: tiles.kind,
-            codes.BIAS: self._array(step.bias, np.float32),
-            codes.MASK: self._array(image.mask(), np.int32) if tiles.masked else 0,
+            codes.BIAS: self.arrays.add(step.bias, np.float32),
+            codes.MASK: self.arrays.add(image.mask(), np.int32) if tiles.masked else 0,
             codes.RESIDUAL: residual,
         }
         self._emit(op | walk, step, matrix=weight if isinstance(weight, Matrix) else None)
@@ -280,10 +197,10 @@ class _Builder:
         blocked = block(weight, channels, self.threads)
         self.scratch = max(self.scratch, weight.outputs * tiles.rows * tiles.width)
         return {
-            codes.VALUES: self._array(weight.values[blocked.order], np.float32),
-            codes.OFFSETS: self._array(offsets[blocked.order], np.int32),
-            codes.POINTERS: self._array(blocked.pointers, np.int32),
-            codes.ROWS: self._array(blocked.rows, np.int32),
+            codes.VALUES: self.arrays.add(weight.values[blocked.order], np.float32),
+            codes.OFFSETS: self.arrays.add(offsets[blocked.order], np.int32),
+            codes.POINTERS: self.arrays.add(blocked.pointers, np.int32),
+            codes.ROWS: self.arrays.add(blocked.rows, np.int32),
             codes.BLOCKS: blocked.blocks,
             codes.OUTPUTS: weight.outputs,
         }
@@ -295,9 +212,9 @@ class _Builder:
             sums = len(tiles.starts) * at_once * weight.together * tiles.rows * tiles.width
             self.scratch = max(self.scratch, sums)
         return {
-            codes.OFFSETS: self._array(offsets, np.int32),
-            codes.POINTERS: self._array(starts, np.int32),
-            codes.FIRSTS: self._array(weight.firsts, np.int32),
+            codes.OFFSETS: self.arrays.add(offsets, np.int32),
+            codes.POINTERS: self.arrays.add(starts, np.int32),
+            codes.FIRSTS: self.arrays.add(weight.firsts, np.int32),
             codes.BLOCKS: len(starts) - 1,
             codes.GROUPS: len(weight.values),
             codes.AT_ONCE: at_once,
@@ -313,7 +230,7 @@ class _Builder:
     def _split(self, source: Layout, at: int, phases: Phases) -> int:
         """Gather the rows and columns that a strided convolution reads, phase by phase."""
         layout = phases.layout
-        place = self._allocate(layout)
+        place = self.arena.reserve(layout)
         for number, (y, x) in enumerate(phases.used):
             op = {
                 codes.CODE: codes.PHASE,
@@ -332,7 +249,7 @@ class _Builder:
         return place
 
     def _pool(self, step: Pool) -> None:
-        source, image = self._layout(step.sources[0]), self._layout(step.target)
+        source, image = self.arena.layout(step.sources[0]), self.arena.layout(step.target)
         s, o = source.shape, image.shape
         kernel = step.window(s)
         places = (kernel, step.stride, step.padding, step.dilation)
@@ -340,8 +257,8 @@ class _Builder:
         halving = step.maximum and whole and places == ((2, 2), (2, 2), (0, 0), (1, 1))
         op = {
             codes.CODE: codes.POOL,
-            codes.SOURCE: self.places[step.sources[0]],
-            codes.TARGET: self._target(step.target),
+            codes.SOURCE: self.arena.places[step.sources[0]],
+            codes.TARGET: self.arena.put(step.target),
             codes.OUT_HEIGHT: o.height,
             codes.OUT_WIDTH: o.width,
             codes.OUT_ROW: image.row,
@@ -361,23 +278,23 @@ class _Builder:
         self._emit(op | _image(source), step, scale)
 
     def _add(self, step: Add) -> None:
-        a, b = (self.places[s] for s in step.sources)
+        a, b = (self.arena.places[s] for s in step.sources)
         op = {codes.CODE: codes.ADD, codes.SOURCE: a, codes.OTHER: b}
         self._emit(op | self._whole(step.target), step)
 
     def _clamp(self, step: Clamp) -> None:
-        op = {codes.CODE: codes.COPY, codes.SOURCE: self.places[step.sources[0]]}
+        op = {codes.CODE: codes.COPY, codes.SOURCE: self.arena.places[step.sources[0]]}
         self._emit(op | self._whole(step.target), step)
 
     def _whole(self, value: int) -> dict[int, int]:
-        return {codes.TARGET: self._target(value), codes.FLOATS: self._layout(value).floats}
+        return {codes.TARGET: self.arena.put(value), codes.FLOATS: self.arena.layout(value).floats}
 
     def _concat(self, step: Concat) -> None:
-        to = self._target(step.target)
+        to = self.arena.put(step.target)
         for source in step.sources:
-            floats = self._layout(source).floats
-            place = {codes.SOURCE: self.places[source], codes.TARGET: to, codes.FLOATS: floats}
-            self._emit({codes.CODE: codes.COPY} | place, step)
+            floats = self.arena.layout(source).floats
+            op = {codes.CODE: codes.COPY, codes.SOURCE: self.arena.places[source]}
+            self._emit(op | {codes.TARGET: to, codes.FLOATS: floats}, step)
             to += floats
 
 

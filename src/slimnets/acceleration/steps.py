@@ -206,6 +206,13 @@ class Pad(Step):
             raise ValueError("nothing is left of the image")
         return Shape(image.channels, height, width)
 
+    def as_conv(self, channels: int) -> Conv:
+        """The convolution that does this to an image of so many channels."""
+        ones = NonZeros.of(np.ones((channels, 1, 1, 1), np.float32), channels)
+        bias, padding = np.zeros(channels, np.float32), self.padding
+        places = (self.sources, self.target, self.low, self.high)
+        return Conv(*places, weight=ones, bias=bias, padding=padding)
+
 
 @dataclass
 class Linear(Step):
@@ -221,12 +228,14 @@ class Linear(Step):
             raise ValueError("features do not fit the layer")
         return _with_residual(Shape(len(self.weight), 1, 1), inputs)
 
-    def kernel(self, image: Shape) -> Weight:
-        """The weight of a convolution whose kernel covers the whole ``image``."""
+    def as_conv(self, image: Shape) -> Conv:
+        """The convolution whose kernel covers the whole ``image``."""
         if image not in self.kernels:
             shaped = self.weight.reshape(-1, image.channels, image.height, image.width)
             self.kernels[image] = weight_of(shaped)
-        return self.kernels[image]
+        weight, kernel = self.kernels[image], (image.height, image.width)
+        places = (self.sources, self.target, self.low, self.high)
+        return Conv(*places, name=self.name, weight=weight, bias=self.bias, kernel=kernel)
 
 
 @dataclass
