@@ -1,9 +1,7 @@
 """What the callbacks ask of Lightning's Trainer."""
 
 import math
-from collections.abc import Iterator, Mapping
-from functools import partial
-from numbers import Number
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -128,24 +126,6 @@ def has_time_limit(trainer: L.Trainer) -> bool:
 def logged_step(trainer: L.Trainer) -> int:
     """The step that Lightning gives to what modules log, for curves that share an axis."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-def spell(value: object) -> str:
-    """``value`` in words that are the same in every process, without addresses."""
-    if isinstance(value, partial):
-        arguments = [spell(one) for one in value.args]
-        arguments += [f"{name}={spell(one)}" for name, one in value.keywords.items()]
-        return f"{spell(value.func)}({', '.join(arguments)})"
-    if isinstance(value, str | Number | Mapping) or value is None:
-        return repr(value)
-    return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def plain(value: Any) -> Any:
-    """``value`` with Python's numbers for NumPy's, which a checkpoint may not hold."""
-    if isinstance(value, Mapping):
-        return {name: plain(one) for name, one in value.items()}
-    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
 
 
 def is_fast_dev_run(trainer: L.Trainer) -> bool:

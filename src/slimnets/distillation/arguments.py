@@ -1,7 +1,6 @@
 """What is asked of the arguments of a DistillationModule."""
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import lightning as L
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
+from slimnets.arguments import check_number
 from slimnets.distillation.losses import DEFAULT_TEMPERATURE, check_temperature
 
 
@@ -57,11 +57,8 @@ def check_settings(
     alpha: Any, temperature: Any, loss: Any, optimizer: Any, student: nn.Module
 ) -> None:
     """Raise TypeError or ValueError for an argument that makes no sense."""
-    is_number = isinstance(alpha, Real) and not isinstance(alpha, bool)
-    if not (is_number and 0 <= alpha <= 1):
-        raise (ValueError if is_number else TypeError)(
-            f"alpha={alpha!r}: expected the weight of the distillation loss, a fraction in [0, 1]"
-        )
+    expected = "the weight of the distillation loss, a fraction in [0, 1]"
+    check_number("alpha", alpha, expected, lambda number: 0 <= number <= 1)
     check_temperature(temperature)
     if loss is not None and not callable(loss):
         raise TypeError(

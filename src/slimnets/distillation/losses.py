@@ -1,12 +1,13 @@
 """How far the outputs of a student are from its teacher's."""
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from slimnets.arguments import check_number
 
 DEFAULT_TEMPERATURE = 4.0
 """That of the benchmark in arXiv 1910.10699."""
@@ -80,11 +81,8 @@ def logit_regression(student: Any, teacher: Any) -> Tensor:
 
 def check_temperature(temperature: float) -> None:
     """Raise TypeError or ValueError unless ``temperature`` is a number above 0."""
-    is_number = isinstance(temperature, Real) and not isinstance(temperature, bool)
-    if not (is_number and 0 < temperature < math.inf):
-        raise (ValueError if is_number else TypeError)(
-            f"temperature={temperature!r}: expected a number above 0, such as 4.0"
-        )
+    expected = "a number above 0, such as 4.0"
+    check_number("temperature", temperature, expected, lambda number: 0 < number < math.inf)
 
 
 def logits_of(output: Any) -> Tensor | None:

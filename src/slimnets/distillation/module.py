@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimnets.arguments import spell
 from slimnets.distillation.arguments import (
     check_logits,
     check_networks,
@@ -38,7 +39,6 @@ from slimnets.distillation.observation import (
 from slimnets.distillation.task import check_probabilities, cross_entropy, input_and_target
 from slimnets.distillation.teacher import Teacher, load_weights
 from slimnets.lowrank.follow import follow_state_dict
-from slimnets.trainer import spell
 
 
 @delegates_to_student

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from slimnets.arguments import plain, spell
 from slimnets.inspection.tensorboard import log_summary
 from slimnets.layers import Selectors, compressed_network, paths_in, replace
 from slimnets.lowrank.decompose import Decomposition
@@ -32,9 +33,7 @@ from slimnets.lowrank.swap import (
 from slimnets.trainer import (
     copy_averages_anew,
     logged_step,
-    plain,
     refuse_unsupported,
-    spell,
     writes_summary,
 )
 

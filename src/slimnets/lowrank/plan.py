@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TypeAlias, cast
 
 from rich.table import Table
 from torch import Tensor, nn
 
+from slimnets.arguments import check_number
 from slimnets.layers import (
     Selector,
     Selectors,
@@ -160,8 +161,7 @@ def check_arguments(
     elif r is not None:
         _check_rank(r, "r")
     if energy is not None:
-        wanted = "a share of the squared singular values in (0, 1)"
-        _check_fraction(energy, "energy", wanted)
+        _check_energy(energy)
     return as_selectors(exclude)
 
 
@@ -215,21 +215,19 @@ def _count(layer: nn.Module) -> int:
 
 
 def _check_rank(rank: object, argument: str) -> None:
-    wanted = "a rank of at least 1, or a fraction of the layer's full rank in (0, 1)"
-    if isinstance(rank, Integral) and not isinstance(rank, bool):
-        if rank < 1:
-            raise ValueError(f"{argument}={rank!r}: expected {wanted}")
-    else:
-        _check_fraction(rank, argument, wanted)
+    expected = "a rank of at least 1, or a fraction of the layer's full rank in (0, 1)"
+    is_rank = isinstance(rank, Integral)
+
+    def hint(number: float) -> str:
+        return f"; did you mean {round(number)}?" if 1 < number < 1e6 else ""
+
+    check_number(argument, rank, expected, lambda x: x >= 1 if is_rank else 0 < x < 1, hint)
 
 
-def _check_fraction(value: object, argument: str, wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{argument}={value!r}: expected {wanted}")
-    number = float(value)
-    if not 0 < number < 1:
-        meant: float = 0
-        if number < (100 if argument == "energy" else 1e6):
-            meant = number / 100 if argument == "energy" else round(number)
-        hint = f"; did you mean {meant}?" if number > 1 and meant > 0 else ""
-        raise ValueError(f"{argument}={value!r}: expected {wanted}{hint}")
+def _check_energy(energy: object) -> None:
+    expected = "a share of the squared singular values in (0, 1)"
+
+    def hint(number: float) -> str:
+        return f"; did you mean {number / 100}?" if 1 < number < 100 else ""
+
+    check_number("energy", energy, expected, lambda x: 0 < x < 1, hint)

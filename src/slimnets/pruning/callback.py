@@ -8,6 +8,7 @@ import lightning as L
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimnets.arguments import plain, spell
 from slimnets.inspection.tensorboard import log_masks, log_summary, log_weights
 from slimnets.layers import Selectors, as_selectors, compressed_network
 from slimnets.pruning.clock import Clock, untraced
@@ -38,10 +39,8 @@ from slimnets.trainer import (
     has_time_limit,
     is_fast_dev_run,
     logged_step,
-    plain,
     refuse_unsupported,
     remaining_steps,
-    spell,
     writes_summary,
 )
 

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Literal, TypeAlias
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from slimnets.arguments import check_number
 from slimnets.layers import (
     LAZY,
     Selector,
@@ -190,12 +190,11 @@ def check_sparsity(sparsity: Sparsity) -> None:
 
 def check_fraction(value: object, argument: str) -> None:
     """Raise TypeError or ValueError unless ``value`` is a number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{argument}={value!r}: expected a fraction in [0, 1)")
-    number = float(value)
-    if not 0 <= number < 1:
-        hint = f", did you mean {number / 100:g}?" if 1 < number < 100 else ""
-        raise ValueError(f"{argument}={value!r}: expected a fraction in [0, 1){hint}")
+
+    def hint(number: float) -> str:
+        return f", did you mean {number / 100:g}?" if 1 < number < 100 else ""
+
+    check_number(argument, value, "a fraction in [0, 1)", lambda number: 0 <= number < 1, hint)
 
 
 def check_scope(scope: str, sparsity: Sparsity) -> None:
