@@ -5,19 +5,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from slimnets import factorize, load, prune, save
-from slimnets.layers import (
-    as_selectors,
-    assign,
-    compressed_network,
-    glob_matches,
-    is_parametrized,
-    matches,
-    names_of,
-    paths_in,
-    replace,
-    without,
-)
+from slimnets.layers import compressed_network, is_parametrized, names_of, paths_in, replace
 from slimnets.lowrank.modules import LowRankPair
+from slimnets.selectors import as_selectors, assign, glob_matches, matches, without
 
 
 def network():

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from slimnets.arguments import plain, spell
 from slimnets.inspection.tensorboard import log_summary
-from slimnets.layers import Selectors, compressed_network, paths_in, replace
+from slimnets.layers import compressed_network, paths_in, replace
 from slimnets.lowrank.decompose import Decomposition
 from slimnets.lowrank.factorize import put_pairs
 from slimnets.lowrank.follow import follow_state_dict
@@ -30,6 +30,7 @@ from slimnets.lowrank.swap import (
     values_of_untrained,
     warn_of_averages,
 )
+from slimnets.selectors import Selectors
 from slimnets.trainer import (
     copy_averages_anew,
     logged_step,

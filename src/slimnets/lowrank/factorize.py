@@ -6,11 +6,12 @@ from typing import cast
 
 from torch import nn
 
-from slimnets.layers import Selectors, compressed_network, paths_in, replace
+from slimnets.layers import compressed_network, paths_in, replace
 from slimnets.lowrank.decompose import Decomposition
 from slimnets.lowrank.modules import pairs_of
 from slimnets.lowrank.pair import Layer, make_dense, make_pair
 from slimnets.lowrank.plan import Rank, plan
+from slimnets.selectors import Selectors
 
 log = logging.getLogger(__name__)
 

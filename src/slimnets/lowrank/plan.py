@@ -9,14 +9,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from slimnets.arguments import check_number
-from slimnets.layers import (
-    Selector,
-    Selectors,
-    as_selectors,
-    assign,
-    compressed_network,
-    without,
-)
+from slimnets.layers import compressed_network
 from slimnets.lowrank.decompose import (
     Decomposition,
     as_matrix,
@@ -27,6 +20,7 @@ from slimnets.lowrank.decompose import (
 )
 from slimnets.lowrank.modules import LowRankPair, replaceable, weights_of
 from slimnets.lowrank.reasons import reasons_to_leave
+from slimnets.selectors import Selector, Selectors, as_selectors, assign, without
 from slimnets.text import as_text
 
 Rank: TypeAlias = int | float

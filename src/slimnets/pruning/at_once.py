@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from slimnets.layers import Selectors, as_selectors, compressed_network
+from slimnets.layers import compressed_network
 from slimnets.pruning.criteria import Criterion, check_criterion, magnitude
 from slimnets.pruning.masks import zero_pruned
 from slimnets.pruning.pruner import Pruner, warn_of_empty
@@ -19,6 +19,7 @@ from slimnets.pruning.weights import (
     left_unasked,
     target_sparsity,
 )
+from slimnets.selectors import Selectors, as_selectors
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from slimnets.arguments import plain, spell
 from slimnets.inspection.tensorboard import log_masks, log_summary, log_weights
-from slimnets.layers import Selectors, as_selectors, compressed_network
+from slimnets.layers import compressed_network
 from slimnets.pruning.clock import Clock, untraced
 from slimnets.pruning.criteria import Criterion, check_criterion, magnitude
 from slimnets.pruning.pruner import Pruner
@@ -34,6 +34,7 @@ from slimnets.pruning.weights import (
     check_sparsity,
     target_sparsity,
 )
+from slimnets.selectors import Selectors, as_selectors
 from slimnets.trainer import (
     callbacks_of,
     has_time_limit,

@@ -6,10 +6,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from slimnets.layers import Selector
 from slimnets.pruning.pruner import Pruner, warn_of_empty
 from slimnets.pruning.span import Span
 from slimnets.pruning.weights import Sparsity, left_unasked
+from slimnets.selectors import Selector
 
 
 def scalars(pruner: Pruner, due: Mapping[Pruner, Mapping[str, float]]) -> dict[str, float]:

@@ -9,20 +9,17 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from slimnets.arguments import check_number
-from slimnets.layers import (
-    LAZY,
+from slimnets.layers import LAZY, address_of, inside_metrics, is_parametrized
+from slimnets.lowrank.modules import pairs_of
+from slimnets.selectors import (
     Selector,
     Selectors,
-    address_of,
     as_selectors,
     assign,
     glob_matches,
-    inside_metrics,
-    is_parametrized,
     matches,
     without,
 )
-from slimnets.lowrank.modules import pairs_of
 
 Sparsity: TypeAlias = float | Mapping[str, float]
 Scope: TypeAlias = Literal["layer", "global"]
