@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from slimnets.acceleration import convert, inside
-from slimnets.acceleration.codes import NO_ENGINE
 from slimnets.acceleration.convert import accelerate
+from slimnets.acceleration.host import NO_ENGINE
 from slimnets.acceleration.module import Accelerated
 
 TOLERANCE = 1e-4

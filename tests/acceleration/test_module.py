@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import slimnets
-from slimnets.acceleration import codes
+from slimnets.acceleration import host
 from slimnets.acceleration.convert import accelerate
 from slimnets.acceleration.module import Accelerated
 from tests.acceleration.networks import (
@@ -186,7 +186,7 @@ def test_why_there_is_no_engine(numba, note, tmp_path, monkeypatch):
     (tmp_path / "numba.py").write_text(numba)
     monkeypatch.delitem(sys.modules, "numba", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    assert re.search(note, runpy.run_path(codes.__file__)["NO_ENGINE"])
+    assert re.search(note, runpy.run_path(host.__file__)["NO_ENGINE"])
 
 
 def test_parametrized_and_masked_layers_go_on_working():

@@ -4,19 +4,7 @@
 every step that uses it.
 """
 
-try:
-    from numba import config
-    from numba.core.codegen import get_host_cpu_features  # without what its variables turn off
-
-    _chosen = config.CPU_FEATURES  # type: ignore[attr-defined]
-    _features = (get_host_cpu_features() if _chosen is None else _chosen).split(",")
-    NO_ENGINE = ""
-except Exception as error:  # also OSError and SystemError, where it does not fit LLVM or NumPy
-    _features = []
-    if isinstance(error, ModuleNotFoundError) and error.name == "numba":
-        NO_ENGINE = "Numba is missing, and with it the engine: pip install slimnets[fast]"
-    else:
-        NO_ENGINE = f"Numba, and with it the engine, cannot be used here: {error}"
+from slimnets.acceleration.host import WIDE
 
 IMPORT, EXPORT, CONV, POOL, ADD, PHASE, COPY, DENSE = range(8)
 
@@ -59,9 +47,6 @@ SUM, LARGEST, HALVE = range(3)
 
 KINDS = ((1, 1), (1, 4), (1, 8), (1, 16), (1, 32), (1, 64), (2, 32), (4, 16), (8, 8), (4, 4))
 """The register tiles of CONV, as (rows, width): width floats in each of some rows."""
-
-WIDE = "+avx512f" in _features
-"""Whether there are 32 registers of 16 floats; else a fourth of that, as in AVX2 and NEON."""
 
 FEW = 16
 """Least outputs of a group, which DENSE computes together."""

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_flatten
 
 from slimnets.acceleration.attention import traceable
 from slimnets.acceleration.choose import EAGER, Choice, choose
-from slimnets.acceleration.codes import NO_ENGINE
+from slimnets.acceleration.host import NO_ENGINE
 from slimnets.acceleration.inside import opaque, swap_layers
 from slimnets.acceleration.measure import fastest, shortest_times
 from slimnets.acceleration.module import Accelerated

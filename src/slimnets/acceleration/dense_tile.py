@@ -12,7 +12,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from slimnets.acceleration.accumulate import CONTRACT, FIRST, LAST, Accumulator
-from slimnets.acceleration.codes import FEW, WIDE
+from slimnets.acceleration.codes import FEW
+from slimnets.acceleration.host import WIDE
 from slimnets.acceleration.memory import FLOAT, I32, I64, clamp, prefetch, splat
 from slimnets.acceleration.steps import CACHE_LINE
 

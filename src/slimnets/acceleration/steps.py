@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimnets.acceleration.codes import FEW, WIDE
+from slimnets.acceleration.codes import FEW
+from slimnets.acceleration.host import WIDE
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.integer[Any]]
