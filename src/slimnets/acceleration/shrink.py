@@ -70,25 +70,11 @@ def _follower(node: fx.Node) -> tuple[fx.Node, list[tuple[float, float]]] | None
 def _remove(
     traced: fx.GraphModule, first: fx.Node, second: fx.Node, limits: list[tuple[float, float]]
 ) -> int:
-    one, two = _layer(first), _layer(second)
-    assert one is not None and two is not None
-    channels = len(one.weight)
-    if isinstance(one, nn.Linear) and isinstance(two, nn.Conv2d):
+    """Remove the channels of ``first`` that ``second`` does not feel, and return how many."""
+    one, two, reads = _layer(first), _layer(second), _reads(first, second)
+    if one is None or two is None or reads is None:
         return 0
-    if isinstance(one, nn.Conv2d) and len(first.meta["shape"]) != 4:
-        return 0  # an image without a batch: what is flattened from the first dimension is the rows
-    if isinstance(one, nn.Linear) and len(first.meta["shape"]) != 2:
-        channels = 0  # the last dimension, unless something was flattened in between
-    if isinstance(one, nn.Conv2d) and isinstance(two, nn.Linear):
-        source = second.args[0]
-        if not isinstance(source, fx.Node) or len(source.meta["shape"]) != 2:
-            channels = 0  # not flattened: the second acts on the width
-    if channels == 0 or two.weight.shape[1] % channels:
-        return 0
-    # of the second layer: (outputs, channels of the first, all else)
-    reads = two.weight.detach().reshape(len(two.weight), channels, -1)
-    bias = one.bias if one.bias is not None else one.weight.new_zeros(channels)
-    constant = bias.detach().clone()
+    constant = one.weight.new_zeros(len(one.weight)) if one.bias is None else one.bias.detach()
     for low, high in limits:
         constant = constant.clamp(low, high)
     unread = (reads == 0).all(2).all(0)
@@ -104,6 +90,27 @@ def _remove(
     traced.set_submodule(str(first.target), _with_outputs(one, keep))
     traced.set_submodule(str(second.target), _with_inputs(two, reads[:, keep], folded))
     return int((~keep).sum())
+
+
+def _reads(first: fx.Node, second: fx.Node) -> Tensor | None:
+    """The weight of ``second`` as (outputs, channels of ``first``, all else).
+
+    None where it is not known which of its inputs are which channel.
+    """
+    one, two = _layer(first), _layer(second)
+    assert one is not None and two is not None
+    channels, rank = len(one.weight), len(first.meta["shape"])
+    if isinstance(one, nn.Linear) and (rank != 2 or isinstance(two, nn.Conv2d)):
+        return None  # of more dimensions the last, unless something was flattened in between
+    if isinstance(one, nn.Conv2d) and rank != 4:
+        return None  # an image without a batch: flattening begins with the rows
+    if isinstance(one, nn.Conv2d) and isinstance(two, nn.Linear):
+        source = second.args[0]
+        if not isinstance(source, fx.Node) or len(source.meta["shape"]) != 2:
+            return None  # not flattened: the second acts on the width
+    if not channels or two.weight.shape[1] % channels:
+        return None
+    return two.weight.detach().reshape(len(two.weight), channels, -1)
 
 
 def _with_outputs(layer: nn.Conv2d | nn.Linear, keep: Tensor) -> nn.Module:
