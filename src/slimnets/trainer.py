@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -42,6 +43,19 @@ def refuse_unsupported(trainer: L.Trainer, callback: L.Callback) -> None:
         raise NotImplementedError(
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which "
             "shards the weights; use strategy='ddp' or a single device"
+        )
+
+
+def refuse_spawned(trainer: L.Trainer, callback: L.Callback) -> None:
+    """Raise NotImplementedError where layers would be replaced in processes that are spawned.
+
+    What these have trained is loaded into the module of the process that spawned them, which has
+    the layers before, with ``strict=False``, so that it would be lost without a word.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise NotImplementedError(
+            f"{type(callback).__name__} does not support strategies that spawn or fork their "
+            "processes; use strategy='ddp' or a single device"
         )
 
 

@@ -5,7 +5,6 @@ from typing import Any
 from uuid import uuid4
 
 import lightning as L
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -20,7 +19,7 @@ from slimnets.lowrank.factorize import put_pairs
 from slimnets.lowrank.follow import follow_state_dict
 from slimnets.lowrank.modules import LowRankPair, pairs_of
 from slimnets.lowrank.plan import Plan, Rank, check_arguments, named_layers, plan
-from slimnets.lowrank.report import call_of, scalars, tell, warn_if_too_short
+from slimnets.lowrank.report import scalars, tell, warn_if_too_short, warn_of_changes
 from slimnets.lowrank.swap import (
     check_at,
     check_run,
@@ -34,6 +33,7 @@ from slimnets.selectors import Selectors
 from slimnets.trainer import (
     copy_averages_anew,
     logged_step,
+    refuse_spawned,
     refuse_unsupported,
     writes_summary,
 )
@@ -127,13 +127,8 @@ class LowRank(L.Callback):
         """Replace the layers, in ``fit``; in every stage, be ready for a checkpoint."""
         refuse_unsupported(trainer, self)
         is_fitting = stage == TrainerFn.FITTING
-        if is_fitting and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            # which loads what they have trained into the module of a process without pairs, with
-            # strict=False, so that it would be lost without a word
-            raise NotImplementedError(
-                "LowRank does not support strategies that spawn or fork their processes; use "
-                "strategy='ddp' or a single device"
-            )
+        if is_fitting:
+            refuse_spawned(trainer, self)
         self._release()
         self._follow(pl_module)
         if is_fitting and is_overridden("configure_model", pl_module):
@@ -174,16 +169,13 @@ class LowRank(L.Callback):
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        now = self._arguments()
         state = checkpoint["callbacks"].get(self.state_key, {})
         if state.get("run") != self._run:  # the trial runs of a finder end with their own
             self._originals = {}  # the weights of the rest are those of the checkpoint by now
-        before = call_of(state["arguments"]) if state else "other callbacks"
-        is_same = state.get("arguments") == now
+        before = state.get("arguments", {})
         if self._at is not None:
             self._done = state.get("done", False)
-            same_at = state.get("arguments", {}).get("at") == now["at"]
-            self._step = state["step"] if same_at else None
+            self._step = state["step"] if before.get("at") == self._at else None
             self._begun = state.get("begun")
         is_dense = not self._ranks.keys() & pairs_of(compressed_network(pl_module)).keys()
         if not state and self._ranks and is_dense:
@@ -191,13 +183,7 @@ class LowRank(L.Callback):
                 f"LowRank cannot resume from {trainer.ckpt_path}, whose layers are dense: load "
                 "its weights into the module, and fit without ckpt_path"
             )
-        if self._done and not is_same:
-            rank_zero_warn(
-                f"the checkpoint was made with {before} and keeps its structure; "
-                f"{call_of(now)} is not applied"
-            )
-        elif state and not is_same:
-            rank_zero_warn(f"the checkpoint was made with {before}; going on with {call_of(now)}")
+        warn_of_changes(before, self._arguments(), is_done=self._done)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that the layers are still those of ``setup``.
@@ -259,11 +245,6 @@ class LowRank(L.Callback):
                 f"optimizer steps, before the layers were to be replaced at step {self._step}"
             )
 
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        values = scalars(compressed_network(pl_module))
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=logged_step(trainer))
-
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
@@ -319,6 +300,11 @@ class LowRank(L.Callback):
                 layer.to(next(present[path].parameters()))
                 replace(pl_module, path, layer)
                 self._done = False
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        values = scalars(compressed_network(pl_module))
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=logged_step(trainer))
 
     def _plan(self, pl_module: L.LightningModule) -> Plan:
         return plan(

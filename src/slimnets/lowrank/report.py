@@ -49,8 +49,22 @@ def warn_if_too_short(trainer: L.Trainer, at: int | float, step: int) -> None:
         )
 
 
-def call_of(arguments: Mapping[str, Any]) -> str:
-    """The call that ``arguments`` are of."""
+def warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any], is_done: bool) -> None:
+    """Say so if a checkpoint was made with other arguments, or, if ``before`` is empty, with none.
+
+    Args:
+        before: The arguments that it was made with.
+        now: Those of the run that goes on from it.
+        is_done: Whether layers have been replaced by then.
+    """
+    made = f"the checkpoint was made with {_call_of(before) if before else 'other callbacks'}"
+    if is_done and before != now:
+        rank_zero_warn(f"{made} and keeps its structure; {_call_of(now)} is not applied")
+    elif before and before != now:
+        rank_zero_warn(f"{made}; going on with {_call_of(now)}")
+
+
+def _call_of(arguments: Mapping[str, Any]) -> str:
     return f"LowRank({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
 
 
