@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from slimnets.acceleration.compare import same_draws
 from slimnets.acceleration.convert import accelerate
 from slimnets.acceleration.export import export
-from slimnets.acceleration.prepare import graph_of, same_draws, simplify
+from slimnets.acceleration.prepare import graph_of, simplify
 from slimnets.acceleration.trace import trace
 from tests.acceleration.networks import assert_right, body, computed_by, prune
 

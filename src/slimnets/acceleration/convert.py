@@ -8,21 +8,14 @@ from torch.utils._pytree import tree_flatten
 
 from slimnets.acceleration.attention import traceable
 from slimnets.acceleration.choose import EAGER, Choice, choose
+from slimnets.acceleration.compare import copied, same_draws, same_results
 from slimnets.acceleration.host import NO_ENGINE
 from slimnets.acceleration.inside import opaque, swap_layers
 from slimnets.acceleration.measure import fastest, shortest_times
 from slimnets.acceleration.module import Accelerated
 from slimnets.acceleration.nodes import Recorder
 from slimnets.acceleration.pairs import pairs_or_products
-from slimnets.acceleration.prepare import (
-    copied,
-    copy_for_inference,
-    graph_of,
-    positional,
-    same_draws,
-    same_results,
-    simplify,
-)
+from slimnets.acceleration.prepare import copy_for_inference, graph_of, positional, simplify
 from slimnets.acceleration.report import Report
 from slimnets.acceleration.shrink import shrink
 from slimnets.acceleration.trace import versions_of

@@ -15,15 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from slimnets.acceleration.attention import traceable
-from slimnets.acceleration.prepare import (
-    copied,
-    copy_for_inference,
-    graph_of,
-    positional,
-    same_draws,
-    same_results,
-    simplify,
-)
+from slimnets.acceleration.compare import copied, same_draws, same_results
+from slimnets.acceleration.prepare import copy_for_inference, graph_of, positional, simplify
 from slimnets.acceleration.trace import versions_of
 from slimnets.files import target_of, written_whole
 from slimnets.layers import compressed_network

@@ -7,9 +7,9 @@ from torch import Tensor, fx, nn
 
 from slimnets.acceleration.attention import Swapped
 from slimnets.acceleration.choose import EAGER, FEW_SECONDS, choose, share_of_zeros
+from slimnets.acceleration.compare import same_results
 from slimnets.acceleration.measure import fastest, shortest_times
 from slimnets.acceleration.nodes import Recorder, is_plain
-from slimnets.acceleration.prepare import same_results
 from slimnets.acceleration.report import Row
 from slimnets.acceleration.trace import trace
 from slimnets.acceleration.widen import widen
