@@ -1,5 +1,6 @@
 """Cuts the nodes that the engine is to compute out of a graph, as regions."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -83,35 +84,20 @@ def region(part: fx.GraphModule) -> Region:
 
 def fuse(steps: list[Step], outputs: set[int]) -> tuple[list[Step], dict[int, int]]:
     """Put clamps and sums into the steps before them; also returns which values are others."""
+    uses = Counter(source for step in steps for source in step.sources)
+    uses.update(outputs)
     renamed: dict[int, int] = {}
     fused: list[Step] = []
-    uses: dict[int, int] = {}
-    for step in steps:
-        for source in step.sources:
-            uses[source] = uses.get(source, 0) + 1
-    for value in outputs:
-        uses[value] = uses.get(value, 0) + 1
     made: dict[int, Any] = {}
     for step in steps:
         step.sources = [renamed.get(s, s) for s in step.sources]
-        if isinstance(step, Clamp):
-            maker = made.get(step.sources[0])
-            free = step.low == -INFINITY and step.high == INFINITY
-            if free:
-                renamed[step.target] = step.sources[0]
-                uses[step.sources[0]] = uses[step.sources[0]] - 1 + uses.get(step.target, 0)
-                continue
-            if maker and _is_unlimited(maker) and uses[maker.target] == 1:
-                maker.low, maker.high = step.low, step.high
-                renamed[step.target] = maker.target
-                uses[maker.target] = uses.get(step.target, 0)
-                continue
-        if isinstance(step, Pad) and _into_convolution(step, made.get(step.sources[0]), uses):
-            renamed[step.target] = step.sources[0]
-            uses[step.sources[0]] = uses[step.target]
+        source, maker = step.sources[0], made.get(step.sources[0])
+        if _does_nothing(step) or (uses[source] == 1 and _takes_over(maker, step)):
+            renamed[step.target] = source
+            uses[source] += uses[step.target] - 1
             continue
         if isinstance(step, Conv):
-            _from_unpadded(step, made.get(step.sources[0]), uses, fused)
+            _from_unpadded(step, maker, uses, fused)
         if isinstance(step, Add):
             step = _into_product(step, made, uses, fused)
         fused.append(step)
@@ -119,17 +105,24 @@ def fuse(steps: list[Step], outputs: set[int]) -> tuple[list[Step], dict[int, in
     return fused, renamed
 
 
-def _into_convolution(step: Pad, maker: Step | None, uses: dict[int, int]) -> bool:
-    """Whether the convolution before ``step`` leaves out what that cuts off, and now does so."""
-    if not isinstance(maker, Conv) or maker.stride != (1, 1) or len(maker.sources) > 1:
-        return False
-    if uses[maker.target] > 1 or max(step.padding) > 0:
-        return False
-    maker.padding = _sum(maker.padding, step.padding)
-    return True
+def _does_nothing(step: Step) -> bool:
+    return isinstance(step, Clamp) and step.low == -INFINITY and step.high == INFINITY
 
 
-def _from_unpadded(step: Conv, maker: Step | None, uses: dict[int, int], fused: list[Step]) -> None:
+def _takes_over(maker: Step | None, step: Step) -> bool:
+    """Whether ``maker`` can do what ``step`` does to its result, and now does so."""
+    if isinstance(step, Clamp) and maker and _is_unlimited(maker):
+        maker.low, maker.high = step.low, step.high
+        return True
+    if isinstance(step, Pad) and isinstance(maker, Conv) and max(step.padding) <= 0:
+        if maker.stride != (1, 1) or len(maker.sources) > 1:
+            return False
+        maker.padding = _sum(maker.padding, step.padding)  # it leaves out what would be cut off
+        return True
+    return False
+
+
+def _from_unpadded(step: Conv, maker: Step | None, uses: Counter[int], fused: list[Step]) -> None:
     """Have ``step`` pad its input itself, instead of the step before."""
     if isinstance(maker, Pad) and _is_unlimited(maker) and min(*maker.padding, *step.padding) >= 0:
         step.padding = _sum(step.padding, maker.padding)
@@ -150,7 +143,7 @@ def _is_unlimited(step: Step) -> bool:
     return not isinstance(step, Clamp | Concat) and step.low == -INFINITY and step.high == INFINITY
 
 
-def _into_product(step: Add, made: dict[int, Any], uses: dict[int, int], fused: list[Step]) -> Step:
+def _into_product(step: Add, made: dict[int, Any], uses: Counter[int], fused: list[Step]) -> Step:
     """The convolution or linear layer that can start from the other summand, or ``step``."""
     for mine, other in (step.sources, step.sources[::-1]):
         maker = made.get(mine)
