@@ -1,8 +1,9 @@
 """Chooses by measuring: how each layer of a graph is computed, and which variant is fastest."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,9 +116,8 @@ def _time_outside(one: _Layer) -> None:
     if share_of_zeros(one.layer) >= CSR_FROM:
         made["CSR"] = csr(one.layer, one.argument, relu)
     one.modules = {name: module for name, module in made.items() if module is not None}
-    calls: dict[str, Callable[[], Any]] = {EAGER: lambda: one.layer(one.argument)}
-    for name, module in one.modules.items():
-        calls[name] = lambda module=module: module(one.argument)  # type: ignore[misc]
+    ways = {EAGER: one.layer, **one.modules}
+    calls = {name: partial(module, one.argument) for name, module in ways.items()}
     one.times = shortest_times(calls, FEW_SECONDS)
 
 

@@ -1,5 +1,6 @@
 """From a network to an accelerated one: what runs, what is tried, and what is kept."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,9 +93,8 @@ def _fastest(
     if not variants:
         _say(report, "Nothing that was tried computes the same: the network stays as it is.")
         return None, report
-    calls: dict[str, Any] = {EAGER: lambda: original(*example)}
-    calls.update({n: lambda v=v: v(*example) for n, v in variants.items()})
-    times = shortest_times(calls)
+    ways = {EAGER: original, **variants}
+    times = shortest_times({name: partial(way, *example) for name, way in ways.items()})
     best = fastest(times, LEAST_GAIN)
     report.before, report.after = times[EAGER] * 1e3, times[best] * 1e3
     report.tried = {name: seconds * 1e3 for name, seconds in times.items()}

@@ -1,6 +1,6 @@
 """Exchanges the layers inside modules that cannot be traced."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -54,10 +54,10 @@ def _faster(name: str, layer: nn.Module, x: Tensor) -> tuple[nn.Module | None, R
     Recorder(graph).run(x)
     widen(graph)
     choice, expected = choose(graph, (x,), {}), layer(x)
-    calls: dict[str, Callable[[], Any]] = {EAGER: lambda: layer(x)}
+    calls = {EAGER: partial(layer, x)}
     for kind, variant in choice.variants.items():
         if same_results(variant, (x,), expected):
-            calls[kind] = lambda variant=variant: variant(x)  # type: ignore[misc]
+            calls[kind] = partial(variant, x)
     times = shortest_times(calls, FEW_SECONDS)
     best = fastest(times, LEAST_GAIN)
     how = next((row.choice for row in choice.rows.get(best, [])), EAGER)
