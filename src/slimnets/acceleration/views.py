@@ -12,17 +12,17 @@ from slimnets.acceleration.nodes import module_of
 IN_PLACE_FUNCTIONS = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
 
 
+def _name(node: fx.Node) -> str:
+    """That of the method or function that ``node`` calls."""
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
 def _works_in_place(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        return (
-            node.target in IN_PLACE_FUNCTIONS
-            or (name.endswith("_") and not name.endswith("__"))
-            or bool(node.kwargs.get("inplace"))
-        )
-    return bool(getattr(module_of(node), "inplace", False))
+    if node.op == "call_module":
+        return bool(getattr(module_of(node), "inplace", False))
+    if _name(node).endswith("_") and not _name(node).endswith("__"):
+        return True
+    return node.target in IN_PLACE_FUNCTIONS or bool(node.kwargs.get("inplace"))
 
 
 # fmt: off
@@ -43,7 +43,7 @@ VIEWING = (nn.Flatten, nn.Unflatten, nn.Identity, _DropoutNd)
 def _viewed(node: fx.Node) -> fx.Node | None:
     """What ``node`` may be a view of."""
     source = node.args[0] if node.args else None
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = _name(node)
     if not isinstance(source, fx.Node) or (name == "getattr" and node.args[1] not in ATTRIBUTES):
         return None
     return source if name in VIEWS or isinstance(module_of(node), VIEWING) else None
