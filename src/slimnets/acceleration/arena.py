@@ -92,7 +92,7 @@ class Arrays:
         self._size += -(-array.nbytes // CACHE_LINE) * CACHE_LINE
         return at
 
-    def together(self) -> Any:
+    def joined(self) -> Any:
         """All of them, as bytes."""
         data = aligned(self._size // 4).view(np.uint8)
         for at, array in self._arrays:

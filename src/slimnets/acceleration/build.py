@@ -102,7 +102,7 @@ class _Builder:
         ops = np.zeros((len(self.ops), codes.FIELDS), np.int64)
         for i, op in enumerate(self.ops):
             ops[i, list(op)] = list(op.values())
-        data = self.arrays.together()
+        data = self.arrays.joined()
         for column in codes.ADDRESSES:
             ops[ops[:, column] > 0, column] += data.ctypes.data
         for i, matrix in self.matrices.items():  # which tables share
@@ -169,7 +169,7 @@ class _Builder:
         work = weight.products * image.shape.height * image.shape.width * self.samples
         if isinstance(weight, Matrix):
             code, self.work = codes.DENSE, self.work + work // DENSE_GAIN
-            tiles = dense_tiling(image, pitch, weight.together)
+            tiles = dense_tiling(image, pitch, weight.group_size)
             walk = self._dense(step, weight, tiles, offsets)
         else:
             code, self.work = codes.CONV, self.work + work
@@ -209,7 +209,7 @@ class _Builder:
         """How a dense convolution walks over its weight."""
         starts, at_once = dense_blocks(step, weight, tiles, self.samples)
         if len(starts) > 2:  # sums wait for the next block
-            sums = len(tiles.starts) * at_once * weight.together * tiles.rows * tiles.width
+            sums = len(tiles.starts) * at_once * weight.group_size * tiles.rows * tiles.width
             self.scratch = max(self.scratch, sums)
         return {
             codes.OFFSETS: self.arrays.add(offsets, np.int32),
@@ -229,7 +229,7 @@ class _Builder:
 
     def _split(self, source: Layout, at: int, phases: Phases) -> int:
         """Gather the rows and columns that a strided convolution reads, phase by phase."""
-        layout = phases.layout
+        step, layout = phases.step, phases.layout
         place = self.arena.reserve(layout)
         for number, (y, x) in enumerate(phases.used):
             op = {
@@ -240,12 +240,12 @@ class _Builder:
                 codes.OUT_WIDTH: layout.shape.width,
                 codes.OUT_ROW: layout.row,
                 codes.OUT_PLANE: len(phases.used) * layout.plane,
-                codes.STRIDE_Y: phases.stride[0],
-                codes.STRIDE_X: phases.stride[1],
-                codes.FIRST_Y: y - phases.padding[0],
-                codes.FIRST_X: x - phases.padding[2],
+                codes.STRIDE_Y: step.stride[0],
+                codes.STRIDE_X: step.stride[1],
+                codes.FIRST_Y: y - step.padding[0],
+                codes.FIRST_X: x - step.padding[2],
             }
-            self._emit(op | _image(source), phases.step)
+            self._emit(op | _image(source), step)
         return place
 
     def _pool(self, step: Pool) -> None:

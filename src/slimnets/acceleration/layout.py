@@ -92,12 +92,12 @@ def tiling(image: Layout, pitch: int) -> Tiling:
     return min((t for t in options if t is not None), key=_cost)
 
 
-def dense_tiling(image: Layout, pitch: int, together: int) -> Tiling:
-    """The cheapest way to cut ``image`` into tiles of dense products, ``together`` outputs each."""
+def dense_tiling(image: Layout, pitch: int, group_size: int) -> Tiling:
+    """The cheapest way to cut ``image`` into tiles of dense products, a group of outputs each."""
     options = [
         _across(image, kind, rows, width, pitch)
         for kind, (outputs, rows, width) in enumerate(DENSE_KINDS)
-        if outputs == together
+        if outputs == group_size
     ]
     return min((t for t in options if t is not None), key=_dense_cost)
 
@@ -185,7 +185,7 @@ def dense_blocks(conv: Conv, weight: Matrix, tiles: Tiling, samples: int) -> tup
     channels = np.arange(blocks + 1) * weight.inputs // blocks
     starts = channels * (weight.columns // weight.inputs)
     longest = int(np.diff(starts).max())
-    fitting = max(1, L2_BYTES // (4 * weight.together * longest))
+    fitting = max(1, L2_BYTES // (4 * weight.group_size * longest))
     return starts, min(fitting, len(weight.values))
 
 

@@ -35,11 +35,11 @@ Form = str
 Make = Callable[[list[int], int], Step]
 """Makes the step of a node from the numbers of its source values and of its own."""
 
-Known = tuple[list[fx.Node], Make, Form]
+Lowered = tuple[list[fx.Node], Make, Form]
 """A node's sources, its step, and the form of its result."""
 
 
-def known(node: fx.Node) -> Known | None:
+def lowered(node: fx.Node) -> Lowered | None:
     """How the engine computes ``node``, or ``None`` where it cannot.
 
     ``node.meta["form"]`` has to be there for sources that the engine computes as well.
@@ -67,7 +67,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _of_module(node: fx.Node, m: nn.Module) -> Known | None:
+def _of_module(node: fx.Node, m: nn.Module) -> Lowered | None:
     (source,) = node.args
     if not isinstance(source, fx.Node) or not is_unaltered(m) or node.kwargs:
         return None
@@ -97,7 +97,7 @@ LIMITS: dict[Any, tuple[float, float]] = {
 """What cuts single values to a range, in eval mode, and the range."""
 
 
-def _of_layer(m: nn.Module, source: fx.Node, form: Form | None) -> Known | None:
+def _of_layer(m: nn.Module, source: fx.Node, form: Form | None) -> Lowered | None:
     if m.weight.dtype != torch.float32 or not _worth_trying(m):
         return None
     if isinstance(m, nn.Linear):
@@ -126,7 +126,7 @@ def _is_a_vector(source: fx.Node) -> bool:
     return "form" not in source.meta or bool(source.meta.get("vector"))
 
 
-def _of_pooling(m: nn.Module, source: fx.Node) -> Known | None:
+def _of_pooling(m: nn.Module, source: fx.Node) -> Lowered | None:
     if getattr(m, "return_indices", False):
         return None
     if type(m) is nn.MaxPool2d:
@@ -149,7 +149,7 @@ TO_ONE_PIXEL: dict[Any, bool] = {
 """Pooling of a whole image, if the size asked for is one pixel, and whether it is the largest."""
 
 
-def _of_call(node: fx.Node) -> Known | None:
+def _of_call(node: fx.Node) -> Lowered | None:
     target, kwargs = node.target, node.kwargs
     source, *rest = node.args
     if target in (operator.add, operator.iadd, torch.add, "add", "add_"):
@@ -181,7 +181,7 @@ def _of_call(node: fx.Node) -> Known | None:
     return None
 
 
-def _sum(node: fx.Node) -> Known | None:
+def _sum(node: fx.Node) -> Lowered | None:
     if node.kwargs or len(node.args) != 2:
         return None
     sources = [a for a in node.args if isinstance(a, fx.Node)]
@@ -203,7 +203,7 @@ def _agrees(source: fx.Node, sources: Sequence[fx.Node]) -> bool:
     return all(s.meta.get("vector", True) is False for s in sources)
 
 
-def _concat(node: fx.Node) -> Known | None:
+def _concat(node: fx.Node) -> Lowered | None:
     sources, dim = node.args[0], [*node.args[1:], *node.kwargs.values()]
     if not isinstance(sources, list | tuple) or dim != [1]:
         return None
@@ -212,7 +212,7 @@ def _concat(node: fx.Node) -> Known | None:
     return list(sources), Concat, "image"
 
 
-def _clamped(source: fx.Node, low: float = -INFINITY, high: float = INFINITY) -> Known | None:
+def _clamped(source: fx.Node, low: float = -INFINITY, high: float = INFINITY) -> Lowered | None:
     if form := form_of(source):
         return [source], lambda sources, target: Clamp(sources, target, low, high), form
     return None
@@ -220,7 +220,7 @@ def _clamped(source: fx.Node, low: float = -INFINITY, high: float = INFINITY) ->
 
 def _padded(
     source: fx.Node, pad: Sequence[int], mode: str = "constant", value: float | None = None
-) -> Known | None:
+) -> Lowered | None:
     if mode != "constant" or value:
         return None
     left, right, top, bottom = (*pad, 0, 0)[:4]
@@ -228,13 +228,13 @@ def _padded(
     return [source], lambda sources, target: Pad(sources, target, padding=padding), "image"
 
 
-def _flatten(source: fx.Node) -> Known | None:
+def _flatten(source: fx.Node) -> Lowered | None:
     if len(source.meta["shape"]) not in (2, 4) or not form_of(source):
         return None
     return [source], Clamp, "features"
 
 
-def _mean(source: fx.Node, dims: list[Any], kwargs: dict[str, Any]) -> Known | None:
+def _mean(source: fx.Node, dims: list[Any], kwargs: dict[str, Any]) -> Lowered | None:
     keepdim = kwargs.pop("keepdim", False)
     (dim,) = (*dims, *kwargs.values())
     if form_of(source) != "image" or sorted(d % 4 for d in dim) != [2, 3]:

@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import create_op_support
 
-from slimnets.acceleration.lower import form_of, known
+from slimnets.acceleration.lower import form_of, lowered
 from slimnets.acceleration.nodes import is_plain, module_of
 from slimnets.acceleration.region import Port, Region
 from slimnets.acceleration.steps import INFINITY, Add, Clamp, Concat, Conv, Linear, Pad, Step
@@ -18,7 +18,7 @@ def annotate(traced: fx.GraphModule) -> set[str]:
     """Mark what the engine can compute, and name it; the nodes' shapes have to be there."""
     found = set()
     for node in traced.graph.nodes:
-        result = known(node)
+        result = lowered(node)
         if result is None:
             continue
         found.add(node.name)
@@ -60,7 +60,7 @@ def region(part: fx.GraphModule) -> Region:
     for node in part.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        result = known(node)
+        result = lowered(node)
         assert result is not None, node
         sources, make, form = result
         for source in sources:

@@ -13,7 +13,6 @@ class Phases:
 
     def __init__(self, step: Conv, image: Shape, target: Layout, samples: int) -> None:
         self.step = step
-        self.stride, self.padding, self.dilation = step.stride, step.padding, step.dilation
         top, bottom, left, right = step.padding
         height = -(-(image.height + top + bottom) // step.stride[0])
         width = -(-(image.width + left + right) // step.stride[1])
@@ -24,13 +23,14 @@ class Phases:
         self.layout = Layout(shape, samples, gap=max(target.pitch - width, 0))
 
     def _phase(self, ky: int, kx: int) -> tuple[int, int]:
-        return ky * self.dilation[0] % self.stride[0], kx * self.dilation[1] % self.stride[1]
+        (dy, dx), (sy, sx) = self.step.dilation, self.step.stride
+        return ky * dy % sy, kx * dx % sx
 
     def offsets(self, weight: Weight) -> Any:
         """Where each weight reads, relative to the input of the first output."""
         channel, ky, kx = weight.places
-        y, x = ky * self.dilation[0], kx * self.dilation[1]
-        sh, sw = self.stride
+        y, x = ky * self.step.dilation[0], kx * self.step.dilation[1]
+        sh, sw = self.step.stride
         number = np.zeros((sh, sw), np.int64)
         for i, phase in enumerate(self.used):
             number[phase] = i

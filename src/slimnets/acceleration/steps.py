@@ -126,14 +126,15 @@ class Matrix:
         self.__dict__.update(state, values=values)
 
     @property
-    def together(self) -> int:
+    def group_size(self) -> int:
         """Outputs of a group."""
         return int(self.values.shape[2])
 
     @property
     def firsts(self) -> Ints:
         """The first output of each group."""
-        return np.minimum(np.arange(0, self.outputs, self.together), self.outputs - self.together)
+        size = self.group_size
+        return np.minimum(np.arange(0, self.outputs, size), self.outputs - size)
 
     @property
     def columns(self) -> int:
