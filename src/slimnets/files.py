@@ -40,7 +40,7 @@ def written_whole(path: PathLike) -> Iterator[Path]:
     with TemporaryDirectory(prefix=".slimnets-", dir=target.parent) as folder:
         beside = Path(folder) / Path(path).name
         yield beside
-        for file in sorted(Path(folder).iterdir(), key=beside.__eq__):  # it comes last
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == beside):  # it is last
             with file.open("r+b") as written:
                 os.fsync(written.fileno())
             place = target if file == beside else target.with_name(file.name)

@@ -148,11 +148,9 @@ def is_fast_dev_run(trainer: L.Trainer) -> bool:
 
 
 def writes_summary(trainer: L.Trainer, callback: L.Callback) -> bool:
-    """Whether ``callback`` is the first on ``trainer`` that compresses.
-
-    What is to be written once for all of them, that one writes.
+    """Whether ``callback`` is the first on ``trainer`` that compresses, so that one writes for all.
 
     A callback that compresses says so in an attribute ``compresses = True``.
     """
-    compressing = [c for c in callbacks_of(trainer) if getattr(c, "compresses", False)]
-    return bool(compressing) and compressing[0] is callback
+    compressing = (one for one in callbacks_of(trainer) if getattr(one, "compresses", False))
+    return next(compressing, None) is callback

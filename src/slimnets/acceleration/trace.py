@@ -22,7 +22,7 @@ from slimnets.layers import version_of
 
 
 class _Proxy(fx.Proxy):
-    def __hash__(self) -> int:  # of its identity, it would be in no set of sizes
+    def __hash__(self) -> int:  # by identity, it would be found in no set of sizes
         raise fx.proxy.TraceError("which of several values it is cannot be traced")
 
 

@@ -55,7 +55,7 @@ class Clock:
 
     @property
     def latest(self) -> int:
-        """The steps that the weights have seen which have seen the most."""
+        """The most steps that any weights have seen."""
         return max(map(self._steps_of, self._owners), default=0)
 
     @property

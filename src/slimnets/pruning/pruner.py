@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from slimnets.pruning.criteria import Criterion, magnitude
 from slimnets.pruning.masks import lowest, zero_, zero_pruned
-from slimnets.pruning.weights import (
-    Scope,
-)
+from slimnets.pruning.weights import Scope
 
 
 class Pruner:
