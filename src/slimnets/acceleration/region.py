@@ -45,6 +45,13 @@ class Port:
     features: bool
     argument: int = 0  # its place among the arguments of the region
 
+    def takes(self, value: Any) -> bool:
+        """Whether ``value`` is a tensor of the type, device and rank that can enter here."""
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return False
+        has_rank = value.dim() >= 2 if self.features else value.dim() == 4
+        return has_rank and value.device.type == "cpu"
+
 
 class _Plan:
     """Tables for one shape of input, one for each number of samples, and their arenas."""
@@ -229,13 +236,7 @@ class Region(nn.Module):
     def _plan(self, tensors: Sequence[Any]) -> tuple[_Plan | None, int]:
         sizes, leads = [], set()
         for tensor, port in zip(tensors, self.inputs, strict=True):
-            if (
-                not isinstance(tensor, Tensor)
-                or tensor.dtype != torch.float32
-                or tensor.device.type != "cpu"
-            ):
-                return None, 0
-            if tensor.dim() < 2 or (not port.features and tensor.dim() != 4):
+            if not port.takes(tensor):
                 return None, 0
             cut = -1 if port.features else 1
             sizes.append(tuple(tensor.shape[cut:]))

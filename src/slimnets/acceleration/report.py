@@ -67,20 +67,22 @@ class Report:
     def __rich__(self) -> Table:
         plural = "s" if self.threads > 1 else ""
         caption = Text(self.note) if self.note else None
-        table = Table(title=f"Accelerated, {self.threads} thread{plural}", caption=caption)
-        for name in ("layer", "type"):
-            table.add_column(name, footer="all" if name == "layer" else "")
+        title = f"Accelerated, {self.threads} thread{plural}"
+        table = Table(title=title, caption=caption, show_footer=True)
+        table.add_column("layer", footer="all")
+        table.add_column("type")
         table.add_column("sparsity", justify="right")
         table.add_column("computed by")
-        totals = (f"{self.before:.3f}", f"{self.after:.3f}", f"{self.speedup:.1f}x")
-        for name, total in zip(("before, ms", "now, ms", "speedup"), totals, strict=True):
+        for name, total in zip(("before, ms", "now, ms", "speedup"), _times(self), strict=True):
             table.add_column(name, footer=total, justify="right")
-        table.show_footer = True
         for row in self.rows:
-            times = (f"{row.before:.3f}", f"{row.after:.3f}", f"{row.speedup:.1f}x")
-            cells = (row.name, row.kind, f"{row.sparsity:.1%}", row.choice, *times)
+            cells = (row.name, row.kind, f"{row.sparsity:.1%}", row.choice, *_times(row))
             table.add_row(*map(Text, cells))  # no part of a name is markup
         return table
 
     def __str__(self) -> str:
         return as_text(self, width=110)
+
+
+def _times(one: Row | Report) -> tuple[str, str, str]:
+    return f"{one.before:.3f}", f"{one.after:.3f}", f"{one.speedup:.1f}x"
