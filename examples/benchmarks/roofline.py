@@ -26,7 +26,8 @@ from torch import nn
 
 from slimnets.acceleration import accelerate
 from slimnets.acceleration.region import Region
-from slimnets.acceleration.steps import Conv, Linear, Matrix
+from slimnets.acceleration.steps import Conv, Linear
+from slimnets.acceleration.weights import Matrix
 
 MEMORY_BYTES = 384 << 20
 BYTES_OF_NONZERO = 8

@@ -19,8 +19,9 @@ from slimnets.acceleration.fold import fold_batch_norm
 from slimnets.acceleration.nodes import Recorder
 from slimnets.acceleration.partition import annotate, cut
 from slimnets.acceleration.region import SHAPES_KEPT, Region
-from slimnets.acceleration.steps import Matrix, Pool, Shape
+from slimnets.acceleration.steps import Pool, Shape
 from slimnets.acceleration.trace import trace
+from slimnets.acceleration.weights import Matrix
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 TOLERANCE = 1e-5

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from slimnets.acceleration.layout import Layout
-from slimnets.acceleration.steps import CACHE_LINE, Conv, Pad, Shape, Step, aligned
+from slimnets.acceleration.steps import Conv, Pad, Shape, Step
+from slimnets.acceleration.weights import CACHE_LINE, aligned
 
 SLACK = 4096
 """Floats before and after the arena, for tiles that read past the end of a value."""

@@ -18,19 +18,8 @@ from slimnets.acceleration.layout import (
     tiling,
 )
 from slimnets.acceleration.phases import Phases
-from slimnets.acceleration.steps import (
-    Add,
-    Clamp,
-    Concat,
-    Conv,
-    Linear,
-    Matrix,
-    NonZeros,
-    Pad,
-    Pool,
-    Shape,
-    Step,
-)
+from slimnets.acceleration.steps import Add, Clamp, Concat, Conv, Linear, Pad, Pool, Shape, Step
+from slimnets.acceleration.weights import Matrix, NonZeros
 
 DENSE_GAIN = 3
 """Products of the dense kernel in the time of one of the sparse kernel."""

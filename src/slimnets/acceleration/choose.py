@@ -14,7 +14,7 @@ from slimnets.acceleration.host import NO_ENGINE
 from slimnets.acceleration.measure import shortest_times
 from slimnets.acceleration.nodes import Recorder, module_of
 from slimnets.acceleration.report import Row
-from slimnets.acceleration.steps import is_full
+from slimnets.acceleration.weights import is_full
 
 if not NO_ENGINE:
     from slimnets.acceleration.partition import annotate, cut

@@ -15,7 +15,7 @@ from slimnets.acceleration.accumulate import CONTRACT, FIRST, LAST, Accumulator
 from slimnets.acceleration.codes import FEW
 from slimnets.acceleration.host import WIDE
 from slimnets.acceleration.memory import FLOAT, I32, I64, clamp, prefetch, splat
-from slimnets.acceleration.steps import CACHE_LINE
+from slimnets.acceleration.weights import CACHE_LINE
 
 AHEAD = 32
 """Columns of weights between those that are used and those that are fetched from memory."""

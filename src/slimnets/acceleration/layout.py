@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimnets.acceleration.codes import DENSE_KINDS, KINDS
-from slimnets.acceleration.steps import CACHE_LINE, Conv, Ints, Matrix, NonZeros, Shape
+from slimnets.acceleration.steps import Conv, Shape
+from slimnets.acceleration.weights import CACHE_LINE, Ints, Matrix, NonZeros
 
 L1_BYTES = 28 * 1024
 """What a block of input channels may take of the first-level cache (32 KiB on most cores)."""

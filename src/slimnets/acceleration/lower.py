@@ -9,19 +9,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from slimnets.acceleration.nodes import is_plain, is_unaltered, module_of
-from slimnets.acceleration.steps import (
-    INFINITY,
-    Add,
-    Clamp,
-    Concat,
-    Conv,
-    Linear,
-    NonZeros,
-    Pad,
-    Pool,
-    Step,
-    weight_of,
-)
+from slimnets.acceleration.steps import INFINITY, Add, Clamp, Concat, Conv, Linear, Pad, Pool, Step
+from slimnets.acceleration.weights import NonZeros, weight_of
 
 LEAST_ZEROS = 0.3
 """Of a layer in groups, below which the engine is not worth trying; without groups it always is."""

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from slimnets.acceleration.layout import Layout
-from slimnets.acceleration.steps import Conv, Shape, Weight
+from slimnets.acceleration.steps import Conv, Shape
+from slimnets.acceleration.weights import Weight
 
 
 class Phases:

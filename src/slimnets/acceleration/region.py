@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from slimnets.acceleration.build import Table, build
 from slimnets.acceleration.engine import interpret
 from slimnets.acceleration.measure import shortest_times
-from slimnets.acceleration.steps import Shape, Step, aligned
+from slimnets.acceleration.steps import Shape, Step
 from slimnets.acceleration.threads import together
+from slimnets.acceleration.weights import aligned
 
 ARENA_BYTES = 16 << 20
 """What the activations of all samples computed at once may take: most of a last-level cache."""
