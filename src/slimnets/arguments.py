@@ -43,6 +43,16 @@ def spell(value: object) -> str:
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of what a checkpoint notes otherwise than it is now; what it lacks is not known.
+
+    Examples:
+        >>> changed({"r": "8", "at": "1"}, {"r": "4", "at": "1", "energy": "None"})
+        ['r']
+    """
+    return [name for name, value in now.items() if before.get(name, value) != value]
+
+
 def plain(value: Any) -> Any:
     """``value`` with Python's numbers for NumPy's, which a checkpoint may not hold."""
     if isinstance(value, Mapping):

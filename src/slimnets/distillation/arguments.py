@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
-from slimnets.arguments import check_number
+from slimnets.arguments import changed, check_number
 from slimnets.distillation.losses import DEFAULT_TEMPERATURE, check_temperature
 
 
@@ -152,10 +152,8 @@ def refuse_undistilled(student: nn.Module, logits: str | None, optimizer: Optimi
 
 def warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warn of what a checkpoint was distilled with, ``before``, and a run that goes on is not."""
-    for name, value in now.items():
-        if before.get(name, value) == value:
-            continue
+    for name in changed(before, now):
         if name == "teacher":
             rank_zero_warn("teacher: not the one that the checkpoint was distilled from")
         else:
-            rank_zero_warn(f"{name}={value}: {before[name]} in the checkpoint")
+            rank_zero_warn(f"{name}={now[name]}: {before[name]} in the checkpoint")

@@ -8,7 +8,7 @@ import lightning as L
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from slimnets.arguments import plain, spell
+from slimnets.arguments import changed, plain, spell
 from slimnets.inspection.tensorboard import log_masks, log_summary, log_weights
 from slimnets.layers import compressed_network
 from slimnets.pruning.clock import Clock, untraced
@@ -175,7 +175,9 @@ class GradualPrune(L.Callback):
         network = compressed_network(pl_module)
         restored, self._restored = self._restored, None
         steps = restored["steps"] if restored else [0] * len(trainer.optimizers)
-        if restored and not warn_of_changes(restored["arguments"], self._arguments()):
+        before, now = restored["arguments"] if restored else {}, self._arguments()
+        warn_of_changes(before, now)
+        if restored and not changed(before, now):
             span = Span(*restored["span"])
             if not is_fast_dev_run(trainer):
                 warn_if_too_short(span, self._length(trainer, steps))

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from slimnets.arguments import changed
 from slimnets.pruning.pruner import Pruner, warn_of_empty
 from slimnets.pruning.span import Span
 from slimnets.pruning.weights import Sparsity, left_unasked
@@ -73,15 +74,13 @@ def warn_at_end(pruner: Pruner, steps: int, span: Span) -> None:
         )
 
 
-def warn_of_changes(before: Mapping[str, str], now: Mapping[str, str]) -> bool:
-    """Name the arguments that differ from those of the checkpoint; whether any do."""
-    changed = [name for name in now if before.get(name, now[name]) != now[name]]
-    for name in changed:
+def warn_of_changes(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Name the arguments that differ from those of the checkpoint."""
+    for name in changed(before, now):
         rank_zero_warn(
             f"GradualPrune({name}={now[name]}): the checkpoint was made with "
             f"{name}={before[name]}; going on with {now[name]}, zeros are kept"
         )
-    return bool(changed)
 
 
 def warn_of_others(state_key: str, others: Sequence[str]) -> None:
