@@ -17,7 +17,7 @@ from slimnets.acceleration.trace import sharing_tensors
 from slimnets.layers import replace
 
 
-class _Stand(nn.Module):
+class Stand(nn.Module):
     """Stands in the place of ``original``, which still answers for everything else.
 
     It is the last child, so that shared layers are found under their old names.
@@ -32,22 +32,7 @@ class _Stand(nn.Module):
             return getattr(super().__getattr__("original"), name)
 
 
-class Swapped(_Stand):
-    """A layer with a faster module that computes it."""
-
-    def __init__(self, original: nn.Module, fast: nn.Module) -> None:
-        super().__init__()
-        self.fast = fast
-        self.original = original
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the layer computes of ``x``."""
-        if isinstance(self.original, nn.Conv1d) and x.dim() != 3:
-            return self.original(x)  # type: ignore[no-any-return]
-        return self.fast(x)  # type: ignore[no-any-return]
-
-
-class Attention(_Stand):
+class Attention(Stand):
     """``nn.MultiheadAttention``, its projections as linear layers."""
 
     def __init__(self, original: nn.MultiheadAttention) -> None:
@@ -100,7 +85,7 @@ class Attention(_Stand):
         return self.q_proj(query), self.k_proj(key), self.v_proj(value)
 
 
-class EncoderLayer(_Stand):
+class EncoderLayer(Stand):
     """``nn.TransformerEncoderLayer``."""
 
     def __init__(self, original: nn.TransformerEncoderLayer) -> None:
@@ -141,7 +126,7 @@ class EncoderLayer(_Stand):
         return self.linear2(self.activation(self.linear1(x)))  # type: ignore[no-any-return]
 
 
-class Encoder(_Stand):
+class Encoder(Stand):
     """``nn.TransformerEncoder``."""
 
     def __init__(self, original: nn.TransformerEncoder) -> None:
@@ -167,7 +152,7 @@ class Encoder(_Stand):
         return x if self.norm is None else self.norm(x)
 
 
-class Decoder(_Stand):
+class Decoder(Stand):
     """``nn.TransformerDecoder``, whose layers can be traced as they are."""
 
     def __init__(self, original: nn.TransformerDecoder) -> None:
