@@ -16,7 +16,11 @@ from torch.nn import functional as F
 
 
 def additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """``mask`` as numbers to add to the scores: minus infinity where a Boolean one is true."""
+    """``mask`` as numbers to add to the scores: minus infinity where a Boolean one is true.
+
+    Raises:
+        TypeError: If it is of integers.
+    """
     if mask is None or mask.is_floating_point():
         return mask
     if mask.dtype != torch.bool:
@@ -43,6 +47,9 @@ def padded_positions(
     """Where ``nn.TransformerEncoder`` drops the padding and puts zeros: (batch, sequence).
 
     It does with padding at the ends and no other mask; otherwise ``None``.
+
+    Raises:
+        ValueError: If there is nothing but padding.
     """
     if not nested or key_padding_mask is None or mask is not None or src.dim() != 3:
         return None
