@@ -13,8 +13,8 @@ from shared import PAPER_RANKS, VGG
 from torch import Tensor, nn
 
 from slimnets.acceleration import accelerate, export
-from slimnets.acceleration.dense import csr
-from slimnets.acceleration.inside import Swapped
+from slimnets.acceleration.opaque import Swapped
+from slimnets.acceleration.torch_layers import csr
 from slimnets.layers import replace
 from slimnets.lowrank import factorize
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimnets.acceleration import convert, inside
+from slimnets.acceleration import convert, opaque
 from slimnets.acceleration.convert import accelerate
 from slimnets.acceleration.host import NO_ENGINE
 from slimnets.acceleration.module import Accelerated
@@ -64,7 +64,7 @@ def computed_by(variant: str, network: nn.Module, example: Any) -> Accelerated:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "fastest", preferred)
-        patch.setattr(inside, "fastest", preferred)
+        patch.setattr(opaque, "fastest", preferred)
         found = accelerate(network, example)
     assert found.fast is not None, found.report.note
     assert variant in found.report.tried, found.report.tried

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimnets.acceleration.dense import following_relu
+from slimnets.acceleration.torch_layers import following_relu
 from slimnets.acceleration.trace import trace
 from tests.acceleration.networks import computed_by
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from slimnets.acceleration.dense import csr, exchange, following_relu, packed
 from slimnets.acceleration.host import NO_ENGINE
 from slimnets.acceleration.measure import shortest_times
 from slimnets.acceleration.nodes import Recorder, module_of
 from slimnets.acceleration.report import Row
+from slimnets.acceleration.torch_layers import csr, exchange, following_relu, packed
 from slimnets.acceleration.weights import is_full
 
 if not NO_ENGINE:

@@ -11,10 +11,10 @@ from slimnets.acceleration.attention import traceable
 from slimnets.acceleration.choose import EAGER, Choice, choose
 from slimnets.acceleration.compare import copied, same_draws, same_results
 from slimnets.acceleration.host import NO_ENGINE
-from slimnets.acceleration.inside import opaque, swap_layers
 from slimnets.acceleration.measure import fastest, shortest_times
 from slimnets.acceleration.module import Accelerated
 from slimnets.acceleration.nodes import Recorder
+from slimnets.acceleration.opaque import opaque, swap_layers
 from slimnets.acceleration.pairs import pairs_or_products
 from slimnets.acceleration.prepare import copy_for_inference, graph_of, positional, simplify
 from slimnets.acceleration.report import Report
