@@ -6,6 +6,7 @@ from typing import Any
 from figures import Results, effort, has_form, mean
 from matplotlib.figure import Figure
 from runs import (
+    BUDGETS,
     COMBINED,
     FACTORIZED_BY_THREE,
     FACTORIZED_BY_TWO,
@@ -129,7 +130,13 @@ def gradual_curves(network: Run) -> dict[str, list[tuple[Any, Run]]]:
 
 def rank_curves(network: Run) -> dict[str, list[Run]]:
     """Name of each curve to its runs."""
-    curves = {way: [factorized(rank, way, network) for rank in RANKS] for way in WAYS}
+    curves = {
+        **{way: [factorized(rank, way, network) for rank in RANKS] for way in WAYS},
+        **{
+            f"{way}, budget": [factorized(None, way, network, budget=one) for one in BUDGETS]
+            for way in WAYS
+        },
+    }
     if network != REFERENCE:
         return {**curves}
     once = again(FACTORIZED_BY_THREE)

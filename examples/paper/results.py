@@ -67,7 +67,7 @@ def faster(results: Results, batch: int) -> Cell:
 def table(results: Results, runs: Iterable[Run], columns: dict[str, Cell]) -> str:
     """One row for the reference and each run that there is; "" if no method was applied in any."""
     runs = list(runs)
-    if not any(results.of(run) for run in runs if run.sparsity or run.rank or run.distilled):
+    if not any(results.of(run) for run in runs if run != Run(run.network, run.of)):
         return ""
     lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for run in dict.fromkeys([REFERENCE, *runs]):
@@ -168,7 +168,9 @@ compared with it. Everything is relative to it, and `vgg19` teaches the runs tha
 
 - `A-then-B` is the trained network A, changed by B and trained on. `gradual75` and `oneshot75`:
   75 % zeros, reached gradually or at the first step. `spatial0.3`, `channel0.3`: layers replaced
-  by low-rank pairs of 0.3 of their full rank; `spatialpaper`: of the paper's ranks.
+  by low-rank pairs of 0.3 of their full rank; `spatialpaper`: of the paper's ranks;
+  `spatialbudget0.1`: of ranks that `LowRank(budget=0.1)` chooses, for a tenth of the weights of all
+  layers together.
   `gradual75global`: 75 % of all weights together, not of each layer. `gradualtapered`: fewer zeros
   in early layers (`TAPERED` in `examples/paper/runs.py`). `distilled2`, `distilled3`: taught by one
   or two more networks, too (`LARGE`, `BESIDE` there). What is pruned twice to the same share keeps

@@ -4,7 +4,7 @@ Adds nothing to the library: a run is a Trainer with callbacks, as in ``examples
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 Decomposition = Literal["spatial", "channel"]
 Scope = Literal["layer", "global"]
@@ -23,6 +23,7 @@ class Run:
         gradual: Prune gradually over the first three quarters, or all at once at the first step.
         scope: Whether all layers are equally sparse, or the smallest weights of the network go.
         rank: As in ``--rank`` of ``cifar10.py``: a fraction of the full rank, "paper", or None.
+        budget: In place of it: the share of their weights that all layers have together.
         decomposition: Which way convolutions are taken apart.
         distilled: Whether the reference teaches it.
         beside: Runs that teach it together with the reference, by the mean of all logits
@@ -35,6 +36,7 @@ class Run:
     gradual: bool = True
     scope: Scope = "layer"
     rank: str | float | None = None
+    budget: float | None = None
     decomposition: Decomposition = "spatial"
     distilled: bool = False
     beside: "tuple[Run, ...]" = ()
@@ -49,6 +51,8 @@ class Run:
             parts.append(f"{'gradual' if self.gradual else 'oneshot'}{share}{scope}")
         if self.rank:
             parts.append(f"{self.decomposition}{self.rank}")
+        if self.budget:
+            parts.append(f"{self.decomposition}budget{self.budget:g}")
         if self.distilled:
             parts.append(f"distilled{len(self.teachers) if self.beside else ''}")
         return "-".join([*parts, "dense"] if parts[-1] == "then" else parts)
@@ -149,6 +153,7 @@ SMALL = Run("cnn-1k")
 """A network that a CPU trains in minutes, pruned and factorized in the same ways."""
 
 RANKS = (0.1, 0.2, 0.4)
+BUDGETS = (0.05, 0.1, 0.2, 0.4)
 
 
 def pruned(
@@ -164,17 +169,19 @@ def pruned(
 
 
 def factorized(
-    rank: str | float,
+    rank: str | float | None = None,
     decomposition: Decomposition = "spatial",
     of: Run = REFERENCE,
     distilled: bool = False,
     beside: tuple[Run, ...] = (),
+    budget: float | None = None,
 ) -> Run:
     """A trained network with low-rank pairs."""
     return Run(
         of.network,
         of,
         rank=rank,
+        budget=budget,
         decomposition=decomposition,
         distilled=distilled,
         beside=beside,
@@ -188,7 +195,7 @@ def trained_on(of: Run) -> Run:
 
 def again(run: Run) -> Run:
     """A compressed network, trained on in the same way: its zeros stay, and so do its pairs."""
-    return replace(run, of=run, rank=None)
+    return replace(run, of=run, rank=None, budget=None)
 
 
 CONTROL = trained_on(REFERENCE)
@@ -215,23 +222,30 @@ def prunings(of: Run) -> list[Run]:
 
 def factorizations(of: Run) -> list[Run]:
     """A trained network with low-rank pairs of both kinds."""
-    return [trained_on(of), *(factorized(rank, way, of) for rank in RANKS for way in WAYS)]
+    return [
+        trained_on(of),
+        *(factorized(rank, way, of) for rank in RANKS for way in WAYS),
+        *(factorized(None, way, of, budget=budget) for budget in BUDGETS for way in WAYS),
+    ]
 
 
-def combined(network: str, rank: str | float, *sparsities: float) -> list[Run]:
+def combined(
+    network: str, rank: str | float | None, *sparsities: float, budget: float | None = None
+) -> list[Run]:
     """All pairs of methods, and all three, with the first of ``sparsities``; then with others."""
     alone, taught = Run(network), Run(network, distilled=True)
     if network == REFERENCE.network:
         alone = taught = REFERENCE
     first, *others = sparsities
+    low_rank: dict[str, Any] = {"rank": rank, "budget": budget}
     return [
-        Run(network, taught, first, rank=rank, distilled=True),
+        Run(network, taught, first, distilled=True, **low_rank),
         Run(network, taught, first, distilled=True),
-        Run(network, taught, rank=rank, distilled=True),
-        Run(network, alone, first, rank=rank),
+        Run(network, taught, distilled=True, **low_rank),
+        Run(network, alone, first, **low_rank),
         Run(network, taught, distilled=True),  # trained for as long
         *(Run(network, taught, other, distilled=True) for other in others),
-        *(Run(network, taught, other, rank=rank, distilled=True) for other in others),
+        *(Run(network, taught, other, distilled=True, **low_rank) for other in others),
     ]
 
 
@@ -283,7 +297,10 @@ TABLES: dict[str, list[Run]] = {
         Run(RESIDUAL),
     ],
     "combined-residual": combined(RESIDUAL, 0.3, 0.91, 0.8),
-    "combined-vgg19": combined("vgg19", "paper", 0.9, 0.95, 0.98, 0.99),
+    "combined-vgg19": [
+        *combined("vgg19", "paper", 0.9, 0.95, 0.98, 0.99),
+        *combined("vgg19", None, 0.75, 0.9, budget=0.1),
+    ],
     "combined-nin": combined("nin", 0.3, 0.75, 0.4, 0.875),
     "combined-cnn": combined("cnn-1k", 0.3, 0.75, 0.9),
     "combined-narrow": combined(NARROW, 0.3, 0.9, 0.95),

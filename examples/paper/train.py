@@ -171,11 +171,12 @@ def methods(run: Run, prefix: str = "") -> list[L.Callback]:
         at_once = {"begin": 0, "end": 0, "every": 1}
         span: Any = {} if run.gradual else at_once
         found.append(GradualPrune(sparsity, scope=run.scope, exclude=kept, **span))
-    if run.rank:
+    if run.rank or run.budget:
         ranks: Any = run.rank
         if run.rank == "paper":
             ranks = {prefix + name: rank for name, rank in PAPER_RANKS.items()}
-        found.append(LowRank(ranks, decomposition=run.decomposition, exclude=kept))
+        how: Any = {"decomposition": run.decomposition, "exclude": kept}
+        found.append(LowRank(ranks, budget=run.budget, **how))
     return found
 
 

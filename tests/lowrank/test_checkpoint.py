@@ -42,6 +42,7 @@ def run(make_trainer, module, callbacks, epochs=4, ckpt_path=None, **arguments):
 
 ARGUMENTS = {
     "energy": {"energy": 0.8},
+    "budget": {"budget": 0.4},
     "rank": {"r": 3},
     "fraction": {"r": {"network.[03]": 0.5}, "decomposition": "channel"},
 }
@@ -53,7 +54,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(
 ):
     whole = classifier()
     run(make_trainer, whole, [LowRank(**arguments), Save(tmp_path)])
-    resumed = classifier(seed=1)  # other weights: energy= alone would give other ranks
+    resumed = classifier(seed=1)  # other weights: energy= and budget= alone would give other ranks
     run(make_trainer, resumed, [LowRank(**arguments)], ckpt_path=tmp_path / "12.ckpt")
     assert ranks(resumed)
     assert_equal(resumed, whole)

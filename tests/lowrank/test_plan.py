@@ -264,8 +264,8 @@ def test_it_prints_as_a_table():
 
 
 BAD = {
-    "neither": ({}, ValueError, r"r=None, energy=None: give exactly one"),
-    "both": ({"r": 2, "energy": 0.5}, ValueError, "r=2, energy=0.5: give exactly one"),
+    "neither": ({}, ValueError, r"r=None, energy=None, budget=None: give exactly one"),
+    "both": ({"r": 2, "energy": 0.5}, ValueError, "r=2, energy=0.5, budget=None: give exactly one"),
     "negative": ({"r": -1}, ValueError, "r=-1: expected a rank of at least 1"),
     "zero": ({"r": 0}, ValueError, "r=0: expected"),
     "bool": ({"r": True}, TypeError, "r=True: expected"),
@@ -281,6 +281,13 @@ BAD = {
     "much too much": ({"energy": 500}, ValueError, r"energy=500: expected [^;]*$"),
     "infinite": ({"r": math.inf}, ValueError, r"r=inf: expected [^;]*$"),
     "percent": ({"energy": 90}, ValueError, r"energy=90: expected .* did you mean 0\.9\?"),
+    "budget and energy": (
+        {"budget": 0.5, "energy": 0.5},
+        ValueError,
+        r"r=None, energy=0\.5, budget=0\.5: give exactly one",
+    ),
+    "percent of weights": ({"budget": 40}, ValueError, r"budget=40: .* did you mean 0\.4\?"),
+    "budget type": ({"budget": True}, TypeError, "budget=True: expected a share"),
     "all energy": ({"energy": 1.0}, ValueError, r"energy=1\.0: expected a share"),
     "energy type": ({"energy": "0.9"}, TypeError, "energy='0.9': expected"),
     "decomposition": ({"r": 2, "decomposition": "tai"}, ValueError, "decomposition='tai'"),

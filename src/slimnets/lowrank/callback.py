@@ -62,6 +62,9 @@ class LowRank(L.Callback):
             layer names to either, of which the first that matches counts and the others are left.
         energy: In place of ``r``: the share of the squared singular values that each layer keeps,
             in (0, 1).
+        budget: In place of ``r``: the share of their weights that the layers keep together, in
+            (0, 1). Ranks are chosen layer by layer, for as much as possible of what all of them
+            compute (:func:`slimnets.lowrank.budget.ranks_for_budget`).
         decomposition: ``"spatial"`` turns a d x d convolution into d x 1 and 1 x d (Tai et al.,
             arXiv 1511.06067), ``"channel"`` into d x d and 1 x 1.
         exclude: Layers to leave: globs, types, with what is within them, or predicates of
@@ -90,16 +93,18 @@ class LowRank(L.Callback):
         r: Rank | Mapping[str, Rank] | None = None,
         *,
         energy: float | None = None,
+        budget: float | None = None,
         decomposition: Decomposition = "spatial",
         exclude: Selectors = (),
         at: int | float | None = None,
     ) -> None:
-        r, energy, at = plain(r), plain(energy), plain(at)
-        self._exclude = check_arguments(r, energy, decomposition, exclude)
+        r, energy, budget, at = plain(r), plain(energy), plain(budget), plain(at)
+        self._exclude = check_arguments(r, energy, budget, decomposition, exclude)
         check_at(at)
         self._at = at
         self._r = r
         self._energy = energy
+        self._budget = budget
         self._decomposition: Decomposition = decomposition
         self._step: int | None = None  # of `at`
         self._begun: int | None = None  # trainer.global_step when the run began, before a resume
@@ -311,6 +316,7 @@ class LowRank(L.Callback):
             pl_module,
             self._r,
             energy=self._energy,
+            budget=self._budget,
             decomposition=self._decomposition,
             exclude=self._exclude,
         )
@@ -319,6 +325,7 @@ class LowRank(L.Callback):
         return {
             "r": self._r,
             "energy": self._energy,
+            "budget": self._budget,
             "decomposition": self._decomposition,
             "at": self._at,
             "exclude": [spell(one) for one in self._exclude],

@@ -88,12 +88,25 @@ def rank_for_energy(matrix: Tensor, energy: float) -> int:
         matrix: ``(m, n)``, finite.
         energy: Share in (0, 1).
     """
+    shares = energies(matrix)
+    return min(int((shares.cumsum(0) < energy).sum()) + 1, len(shares))
+
+
+def energies(matrix: Tensor) -> Tensor:
+    """The share that each squared singular value has in the sum of all.
+
+    Args:
+        matrix: ``(m, n)``, finite.
+
+    Returns:
+        ``(min(m, n),)``, descending, of float64 and on the CPU; NaN for a matrix of zeros.
+    """
     with _full_precision(matrix.device):
         wide = matrix.detach().double()
         wide = wide if wide.shape[0] <= wide.shape[1] else wide.mT
         # the eigenvalues of the Gram matrix are the squared singular values, ascending
-        kept = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0).flip(0).cumsum(0)
-    return min(int((kept < energy * kept[-1]).sum()) + 1, len(kept))
+        squares: Tensor = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0).flip(0).cpu()
+    return squares / squares.sum()
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

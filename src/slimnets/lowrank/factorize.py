@@ -21,6 +21,7 @@ def factorize(
     r: Rank | Mapping[str, Rank] | None = None,
     *,
     energy: float | None = None,
+    budget: float | None = None,
     decomposition: Decomposition = "spatial",
     exclude: Selectors = (),
 ) -> nn.Module:
@@ -39,6 +40,9 @@ def factorize(
             layer names to either, of which the first that matches counts and the others are left.
         energy: In place of ``r``: the share of the squared singular values that each layer keeps,
             in (0, 1).
+        budget: In place of ``r``: the share of their weights that the layers keep together, in
+            (0, 1). Ranks are chosen layer by layer, for as much as possible of what all of them
+            compute (:func:`slimnets.lowrank.budget.ranks_for_budget`).
         decomposition: ``"spatial"`` turns a d x d convolution into d x 1 and 1 x d (Tai et al.,
             arXiv 1511.06067), ``"channel"`` into d x d and 1 x 1.
         exclude: Layers to leave: globs, types, with what is within them, or predicates of
@@ -57,7 +61,9 @@ def factorize(
         >>> net[0].rank, tuple(net[0].first.weight.shape), tuple(net[0].second.weight.shape)
         (8, (8, 16, 3, 1), (32, 8, 1, 3))
     """
-    todo = plan(model, r, energy=energy, decomposition=decomposition, exclude=exclude)
+    todo = plan(
+        model, r, energy=energy, budget=budget, decomposition=decomposition, exclude=exclude
+    )
     if todo.left:
         left = "; ".join(f"{row.name!r} ({row.reason})" for row in todo.left)
         log.warning("factorize left %d of %d layers: %s", len(todo.left), len(todo.rows), left)

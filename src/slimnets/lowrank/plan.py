@@ -1,5 +1,6 @@
 """What becomes of each layer: which rank it gets, or why it is left as it is."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from slimnets.arguments import check_number
 from slimnets.layers import compressed_network
+from slimnets.lowrank.budget import least_weights, ranks_for_budget
 from slimnets.lowrank.decompose import (
     Decomposition,
     as_matrix,
+    energies,
     matrix_shape,
     matrix_shape_of_pair,
     rank_for_energy,
@@ -94,6 +97,7 @@ def plan(
     r: Rank | Mapping[str, Rank] | None = None,
     *,
     energy: float | None = None,
+    budget: float | None = None,
     decomposition: Decomposition = "spatial",
     exclude: Selectors = (),
 ) -> Plan:
@@ -108,41 +112,65 @@ def plan(
         >>> [(row.name, row.rank, row.after, row.reason) for row in rows]
         [('0', 8, 1024, ''), ('1', None, 256, 'rank 8 is not below its full rank of 4')]
     """
-    selectors = check_arguments(r, energy, decomposition, exclude)
+    selectors = check_arguments(r, energy, budget, decomposition, exclude)
     network = compressed_network(model)
     layers = named_layers(network)
     chosen = without(network, layers, selectors)
-    ranks = assign(r, layers, "r", network)
-    reasons, rows = reasons_to_leave(model, layers), []
+    wanted = assign(r, layers, "r", network)
+    asked = {
+        name: "excluded" if name not in chosen else "" if name in wanted else "not in r"
+        for name in layers
+    }
+    reasons = {
+        name: asked[name] or reason for name, reason in reasons_to_leave(model, layers).items()
+    }
+    weights = _finite({name: layer for name, layer in layers.items() if not reasons[name]})
+    if r is None:
+        zero = "it is all zero, without energy to keep a share of: give r"
+        reasons |= {name: zero for name, weight in weights.items() if not weight.any()}
+        weights = {name: weight for name, weight in weights.items() if not reasons[name]}
+    sides = {name: matrix_shape(weight.shape, decomposition) for name, weight in weights.items()}
+    pairs = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, LowRankPair) and not asked[name]
+    }
+    unmet: dict[str, int] = {}
+    if energy is not None:
+        ranks = {
+            name: rank_for_energy(as_matrix(weight, decomposition), energy)
+            for name, weight in weights.items()
+        }
+    elif budget is not None:
+        ranks = _ranks_within(budget, weights, pairs, decomposition)
+    else:
+        ranks = {name: _resolve(wanted[name], min(both)) for name, both in sides.items()}
+        for name, pair in pairs.items():
+            meant = _resolve(wanted[name], min(_sides(pair)))
+            if meant != pair.rank:
+                unmet[name] = meant
+                reasons[name] += f", not {meant}: slimnets.merge makes it dense again"
+    reasons |= {name: _reason_of_size(rank, *sides[name]) for name, rank in ranks.items()}
+    rows = []
     for name, layer in layers.items():
-        kind, weights = type(layer).__name__, _count(layer)
-        asked = "excluded" if name not in chosen else "" if name in ranks else "not in r"
-        reason = asked or reasons[name]
-        unmet = None
-        if isinstance(layer, LowRankPair) and not asked and energy is None:
-            sides = matrix_shape_of_pair(layer.first.weight.shape, layer.second.weight.shape)
-            wanted = _resolve(ranks[name], min(sides))
-            unmet = wanted if wanted != layer.rank else None
-            reason += f", not {unmet}: slimnets.merge makes it dense again" if unmet else ""
-        if not reason:
-            weight = cast(Tensor, layer.weight).detach()
-            rank, after, reason = _pair_for(name, weight, ranks[name], energy, decomposition)
-        if reason:
-            rows.append(Row(name, kind, None, weights, weights, reason, bool(asked), unmet))
-        else:
-            rows.append(Row(name, kind, rank, weights, after))
+        rank = None if reasons[name] else ranks[name]
+        before = _count(layer)
+        after = before if rank is None else rank * sum(sides[name])
+        why = (reasons[name], bool(asked[name]), unmet.get(name))
+        rows.append(Row(name, type(layer).__name__, rank, before, after, *why))
     return Plan(tuple(rows))
 
 
 def check_arguments(
     r: Rank | Mapping[str, Rank] | None,
     energy: float | None,
+    budget: float | None,
     decomposition: str,
     exclude: Selectors,
 ) -> tuple[Selector, ...]:
     """Raise unless the arguments of :func:`slimnets.factorize` make sense; return ``exclude``."""
-    if (r is None) == (energy is None):
-        raise ValueError(f"r={r!r}, energy={energy!r}: give exactly one of the two")
+    if [r, energy, budget].count(None) != 2:
+        raise ValueError(f"r={r!r}, energy={energy!r}, budget={budget!r}: give exactly one of them")
     if decomposition not in ("spatial", "channel"):
         raise ValueError(f"decomposition={decomposition!r}: expected 'spatial' or 'channel'")
     if isinstance(r, Mapping):
@@ -155,7 +183,9 @@ def check_arguments(
     elif r is not None:
         _check_rank(r, "r")
     if energy is not None:
-        _check_energy(energy)
+        _check_share("energy", energy, "a share of the squared singular values in (0, 1)")
+    if budget is not None:
+        _check_share("budget", budget, "a share of the layers' weights in (0, 1)")
     return as_selectors(exclude)
 
 
@@ -164,31 +194,47 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     return replaceable(model, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
-def _pair_for(
-    name: str,
-    weight: Tensor,
-    r: Rank | None,
-    energy: float | None,
-    decomposition: Decomposition,
-) -> tuple[int, int, str]:
-    """The rank of a layer's pair, how many weights that has, and why there is none after all.
+def _finite(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights of layers.
 
     Raises:
-        ValueError: If the layer's weight is not finite.
+        ValueError: If one has values that are not finite.
     """
-    if not weight.isfinite().all():
+    weights = {name: cast(Tensor, layer.weight).detach() for name, layer in layers.items()}
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"the weight of layer {name!r} has infinite or NaN values; repair it, or exclude "
+                "the layer"
+            )
+    return weights
+
+
+def _ranks_within(
+    budget: float,
+    weights: Mapping[str, Tensor],
+    pairs: Mapping[str, LowRankPair],
+    decomposition: Decomposition,
+) -> dict[str, int]:
+    """The ranks of layers with which they and ``pairs`` have that share of their dense weights.
+
+    Raises:
+        ValueError: If they have more with the least ranks.
+    """
+    sides = {name: matrix_shape(weight.shape, decomposition) for name, weight in weights.items()}
+    dense = sum(math.prod(both) for both in [*sides.values(), *map(_sides, pairs.values())])
+    there, least = sum(map(_count, pairs.values())), least_weights(sides)
+    if weights and there + least > budget * dense:
         raise ValueError(
-            f"the weight of layer {name!r} has infinite or NaN values; repair it, or exclude the "
-            "layer"
+            f"budget={budget!r}: even with pairs of rank 1 there are {(there + least) / dense:.2g} "
+            f"of {dense:,} weights; give more, or exclude small layers"
         )
-    rows, columns = matrix_shape(weight.shape, decomposition)
-    if energy is None:
-        rank = _resolve(r, min(rows, columns))
-    elif weight.any():
-        rank = rank_for_energy(as_matrix(weight, decomposition), energy)
-    else:
-        return 0, 0, "it is all zero, without energy to keep a share of: give r"
-    return rank, rank * (rows + columns), _reason_of_size(rank, rows, columns)
+    shares = {name: energies(as_matrix(weight, decomposition)) for name, weight in weights.items()}
+    return ranks_for_budget(shares, sides, int(budget * dense) - there)
+
+
+def _sides(pair: LowRankPair) -> tuple[int, int]:
+    return matrix_shape_of_pair(pair.first.weight.shape, pair.second.weight.shape)
 
 
 def _resolve(r: Rank | None, full_rank: int) -> int:
@@ -218,10 +264,8 @@ def _check_rank(rank: object, argument: str) -> None:
     check_number(argument, rank, expected, lambda x: x >= 1 if is_rank else 0 < x < 1, hint)
 
 
-def _check_energy(energy: object) -> None:
-    expected = "a share of the squared singular values in (0, 1)"
-
+def _check_share(argument: str, share: object, expected: str) -> None:
     def hint(number: float) -> str:
         return f"; did you mean {number / 100}?" if 1 < number < 100 else ""
 
-    check_number("energy", energy, expected, lambda x: 0 < x < 1, hint)
+    check_number(argument, share, expected, lambda x: 0 < x < 1, hint)
