@@ -112,6 +112,7 @@ def gradual_curves(network: Run) -> dict[str, list[tuple[Any, Run]]]:
         "gradual": {},
         "gradual, all weights together": {"scope": "global"},
         "gradual, all weights together, distilled": {"scope": "global", "distilled": True},
+        "gradual, all weights together, LAMP": {"scope": "lamp"},
         "one-shot": {"gradual": False},
     }
     curves = {

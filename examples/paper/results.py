@@ -171,8 +171,9 @@ compared with it. Everything is relative to it, and `vgg19` teaches the runs tha
   by low-rank pairs of 0.3 of their full rank; `spatialpaper`: of the paper's ranks;
   `spatialbudget0.1`: of ranks that `LowRank(budget=0.1)` chooses, for a tenth of the weights of all
   layers together.
-  `gradual75global`: 75 % of all weights together, not of each layer. `gradualtapered`: fewer zeros
-  in early layers (`TAPERED` in `examples/paper/runs.py`). `distilled2`, `distilled3`: taught by one
+  `gradual75global`: 75 % of all weights together, not of each layer; `gradual75lamp`: the same,
+  chosen by `slimnets.pruning.lamp`. `gradualtapered`: fewer zeros in early layers (`TAPERED` in
+  `examples/paper/runs.py`). `distilled2`, `distilled3`: taught by one
   or two more networks, too (`LARGE`, `BESIDE` there). What is pruned twice to the same share keeps
   its zeros, and is only trained on, as is a factorized network that is distilled once more (`again`
   there).

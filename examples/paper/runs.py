@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Decomposition = Literal["spatial", "channel"]
-Scope = Literal["layer", "global"]
+Scope = Literal["layer", "global", "lamp"]
 WAYS: tuple[Decomposition, ...] = ("spatial", "channel")
 
 
@@ -21,7 +21,8 @@ class Run:
         sparsity: The share of zeros at the end, or a key of :data:`TAPERED` for one of each layer;
             0 for no pruning.
         gradual: Prune gradually over the first three quarters, or all at once at the first step.
-        scope: Whether all layers are equally sparse, or the smallest weights of the network go.
+        scope: Whether all layers are equally sparse, or the smallest weights of the network go, or
+            those of the lowest scores of LAMP.
         rank: As in ``--rank`` of ``cifar10.py``: a fraction of the full rank, "paper", or None.
         budget: In place of it: the share of their weights that all layers have together.
         decomposition: Which way convolutions are taken apart.
@@ -230,7 +231,11 @@ def factorizations(of: Run) -> list[Run]:
 
 
 def combined(
-    network: str, rank: str | float | None, *sparsities: float, budget: float | None = None
+    network: str,
+    rank: str | float | None,
+    *sparsities: float,
+    budget: float | None = None,
+    scope: Scope = "layer",
 ) -> list[Run]:
     """All pairs of methods, and all three, with the first of ``sparsities``; then with others."""
     alone, taught = Run(network), Run(network, distilled=True)
@@ -238,14 +243,18 @@ def combined(
         alone = taught = REFERENCE
     first, *others = sparsities
     low_rank: dict[str, Any] = {"rank": rank, "budget": budget}
+
+    def zeros(share: float) -> dict[str, Any]:
+        return {"sparsity": share, "scope": scope}
+
     return [
-        Run(network, taught, first, distilled=True, **low_rank),
-        Run(network, taught, first, distilled=True),
-        Run(network, taught, distilled=True, **low_rank),
-        Run(network, alone, first, **low_rank),
+        Run(network, taught, **zeros(first), **low_rank, distilled=True),
+        Run(network, taught, **zeros(first), distilled=True),
+        Run(network, taught, **low_rank, distilled=True),
+        Run(network, alone, **zeros(first), **low_rank),
         Run(network, taught, distilled=True),  # trained for as long
-        *(Run(network, taught, other, distilled=True) for other in others),
-        *(Run(network, taught, other, distilled=True, **low_rank) for other in others),
+        *(Run(network, taught, **zeros(other), distilled=True) for other in others),
+        *(Run(network, taught, **zeros(other), **low_rank, distilled=True) for other in others),
     ]
 
 
@@ -261,6 +270,7 @@ TABLES: dict[str, list[Run]] = {
         *map(again, PRUNED_BY_THREE.values()),
         *PRUNED_BY_TWO.values(),
         *prunings(REFERENCE),
+        *(pruned(sparsity, scope="lamp") for sparsity in SPARSITIES),
     ],
     "gradual-cnn": prunings(SMALL),
     "low-rank": [
@@ -299,7 +309,7 @@ TABLES: dict[str, list[Run]] = {
     "combined-residual": combined(RESIDUAL, 0.3, 0.91, 0.8),
     "combined-vgg19": [
         *combined("vgg19", "paper", 0.9, 0.95, 0.98, 0.99),
-        *combined("vgg19", None, 0.75, 0.9, budget=0.1),
+        *combined("vgg19", None, 0.75, 0.9, budget=0.1, scope="lamp"),
     ],
     "combined-nin": combined("nin", 0.3, 0.75, 0.4, 0.875),
     "combined-cnn": combined("cnn-1k", 0.3, 0.75, 0.9),

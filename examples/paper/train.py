@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import slimnets
 from slimnets import DistillationModule, ExactResume, GradualPrune, LowRank
 from slimnets.distillation.teacher import load_weights
+from slimnets.pruning import lamp
 from slimnets.resume import last_checkpoint
 
 
@@ -170,7 +171,10 @@ def methods(run: Run, prefix: str = "") -> list[L.Callback]:
             sparsity = {prefix + name: share for name, share in shares.items()}
         at_once = {"begin": 0, "end": 0, "every": 1}
         span: Any = {} if run.gradual else at_once
-        found.append(GradualPrune(sparsity, scope=run.scope, exclude=kept, **span))
+        chosen: Any = {"scope": run.scope}
+        if run.scope == "lamp":
+            chosen = {"scope": "global", "criterion": lamp}
+        found.append(GradualPrune(sparsity, exclude=kept, **chosen, **span))
     if run.rank or run.budget:
         ranks: Any = run.rank
         if run.rank == "paper":

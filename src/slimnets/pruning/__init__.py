@@ -3,6 +3,7 @@
 from slimnets.pruning.at_once import keep_zeros as keep_zeros
 from slimnets.pruning.at_once import prune as prune
 from slimnets.pruning.callback import GradualPrune as GradualPrune
+from slimnets.pruning.criteria import lamp as lamp
 from slimnets.pruning.criteria import magnitude as magnitude
 from slimnets.pruning.criteria import random as random
 from slimnets.pruning.schedules import cubic as cubic

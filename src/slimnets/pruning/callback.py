@@ -79,7 +79,7 @@ class GradualPrune(L.Callback):
             ``sparsity``: ``cubic``, ``linear``, ``one_shot`` or any callable with
             ``schedule(1.0) == 1.0``.
         criterion: From a parameter to scores of its shape, the lowest of which are pruned:
-            ``magnitude``, ``random`` or any callable.
+            ``magnitude``, ``lamp``, ``random`` or any callable.
         scope: ``"layer"``, the same sparsity in every layer; or ``"global"``, the lowest scores of
             the whole network.
         exclude: Layers to leave alone: globs over names, types, with what is within them, or
