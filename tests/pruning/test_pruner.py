@@ -102,6 +102,21 @@ def test_zeros_are_kept_in_a_loop_of_ones_own():
         keep_zeros(network, {"x": torch.ones(2, 2, dtype=torch.bool)}, optimizer)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32])
+def test_masks_that_are_not_bool_are_refused(dtype):
+    network = small_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    masks = {name: mask.to(dtype) for name, mask in prune(network, 0.9).items()}
+    with pytest.raises(TypeError, match=r"masks\['0.weight'\]: expected bool, got .*mask.bool()"):
+        keep_zeros(network, masks, optimizer)
+
+
+def test_what_is_no_optimizer_is_refused():
+    network = small_network()
+    with pytest.raises(TypeError, match="optimizer=list: expected one of torch"):
+        keep_zeros(network, prune(network, 0.9), [torch.optim.SGD(network.parameters())])
+
+
 def test_masks_only_grow_and_zeros_of_before_are_kept():
     network = small_network()
     first = prune(network, 0.5)

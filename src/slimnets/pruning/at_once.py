@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -88,6 +89,7 @@ def keep_zeros(
         A handle; its ``remove()`` ends it.
 
     Raises:
+        TypeError: If a mask is not of bools, or ``optimizer`` is none.
         ValueError: If ``model`` has no weight of a name and shape of ``masks``.
 
     Examples:
@@ -101,8 +103,13 @@ def keep_zeros(
         >>> int((layer.weight == 0).sum())
         12
     """
+    if not isinstance(optimizer, Optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer={kind}: expected one of torch.optim's, or of Fabric's")
     own = dict(compressed_network(model).named_parameters(remove_duplicate=False))
     for name, mask in masks.items():
+        if mask.dtype is not torch.bool:  # whose ~ would be other bits, not the other weights
+            raise TypeError(f"masks[{name!r}]: expected bool, got {mask.dtype}; give mask.bool()")
         if name not in own or own[name].shape != mask.shape:
             raise ValueError(
                 f"masks[{name!r}]: {type(model).__name__} has no weight of this name and shape "
