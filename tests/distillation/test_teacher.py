@@ -90,7 +90,9 @@ def test_the_fingerprint_tells_weights_names_and_shapes_apart() -> None:
     assert Teacher(nn.Linear(2, 2).bfloat16()).fingerprint() != prints[2]
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "state dict", "checkpoint", "distilled"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "state dict", "checkpoint", "distilled", "of a module around it"]
+)
 def test_weights_are_read_from_a_file(tmp_path, kind) -> None:
     network, source = small_network(), small_network()
     state = source.state_dict()
@@ -98,8 +100,9 @@ def test_weights_are_read_from_a_file(tmp_path, kind) -> None:
     if kind == "safetensors":
         save_file(state, path)
     else:
-        if kind == "distilled":  # of a student, which teaches the next one
-            state = {f"student.{name}": value for name, value in state.items()}
+        prefixes = {"distilled": "student.", "of a module around it": "student.network."}
+        prefix = prefixes.get(kind, "")
+        state = {f"{prefix}{name}": value for name, value in state.items()}
         torch.save(state if kind == "state dict" else {"epoch": 3, "state_dict": state}, path)
 
     load_weights(network, str(path))

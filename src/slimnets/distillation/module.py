@@ -89,12 +89,14 @@ class DistillationModule(L.LightningModule):
         optimizer: For a plain ``nn.Module``, a function of its parameters that returns an optimizer
             or whatever ``configure_optimizers`` may return; AdamW with its defaults if not given.
         teacher_weights: A file to fill the teacher from: safetensors, or the state dict of
-            ``torch.save``, or a checkpoint of Lightning (of a DistillationModule, its student).
+            ``torch.save``, or a checkpoint of Lightning; of a module with all its weights in one
+            network, as a DistillationModule in its student, that network's.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument has a value that makes no sense, or is for the other kind of
             student, or if student and teacher share parameters.
+        OSError: If ``teacher_weights`` cannot be read.
         RuntimeError: In ``fit``, if a step makes no forward pass to distill from, or changes its
             logits in place.
 

@@ -1,6 +1,7 @@
 """The teacher: a frozen network that stands beside the module tree, not in it."""
 
 import hashlib
+from collections.abc import Collection
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -78,8 +79,9 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     Args:
         network: The network, as its author builds it.
         path: A ``.safetensors`` file, or one of ``torch.save`` with a state dict or a checkpoint of
-            Lightning in it, of a DistillationModule its student's; what is pickled beside tensors
-            and plain values is refused.
+            Lightning in it; of a module with all its weights in one network, as a
+            DistillationModule in its student, that network's. What is pickled beside tensors and
+            plain values is refused.
 
     Raises:
         ValueError: If the file is damaged or refused, or names or shapes are not those of
@@ -89,8 +91,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     filled = network.state_dict()
     own = {plain_name(name): name for name in filled}
     state = {plain_name(name): value for name, value in _state_in(path).items()}
-    if state.keys() != own.keys() and all(name.startswith("student.") for name in state):
-        state = {name.removeprefix("student."): value for name, value in state.items()}
+    state = _of_network_within(state, own)
     wrong = sorted(
         name
         for name in own.keys() | state.keys()
@@ -108,6 +109,18 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     # in place, for the versions of the modules' own formats, which come with the state dict
     filled.update({own[name]: value for name, value in state.items()})
     network.load_state_dict(filled)
+
+
+def _of_network_within(state: dict[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """``state`` without the names of the modules around all of it that ``own`` does not have."""
+    while len(outer := {name.partition(".")[0] for name in state}) == 1:
+        prefix = f"{outer.pop()}."
+        if not all(name.startswith(prefix) for name in state):  # that is a tensor
+            break
+        if any(name.startswith(prefix) for name in own):
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def _state_in(path: str | Path) -> dict[str, Any]:
