@@ -95,8 +95,11 @@ def arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=128)
     add("--learning-rate", type=float, default=0.01)
     add("--precision", default="32-true", help="of the Trainer, for example bf16-mixed")
-    add("--fast", action="store_true", help="a few batches only, to see that everything runs")
+    add("--fast", action="store_true", help="a few batches only; the figures mean nothing")
     args = parser.parse_args()
+    for option in ("epochs", "batch_size"):
+        if (value := getattr(args, option)) < 1:
+            parser.error(f"--{option.replace('_', '-')} {value}: give a number of at least 1")
     if args.rank is PAPER_RANKS and args.student != "vgg19":
         parser.error(f"--rank paper: of vgg19's layers, not of {args.student}'s; --student vgg19")
     return args

@@ -120,9 +120,13 @@ def main() -> None:
     logging.getLogger("slimnets").setLevel(logging.ERROR)  # what is left dense is in the table
     warnings.simplefilter("ignore")  # the networks' own
 
+    known = networks()
+    for glob in arguments.names:
+        if not any(fnmatchcase(name, glob) for name in known):
+            parser.error(f"{glob!r} matches no network; there are {', '.join(map(repr, known))}")
     chosen = {
         name: network
-        for name, network in networks().items()
+        for name, network in known.items()
         if any(fnmatchcase(name, glob) for glob in arguments.names)
     }
     outcomes: dict[str, Outcome] = {}

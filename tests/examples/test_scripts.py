@@ -117,7 +117,7 @@ def test_cifar10_with_a_teachers_file(tmp_path: Path, images: Path) -> None:
 
 
 def test_cifar10_refuses_arguments_before_it_trains_a_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with example("cifar10") as module:
         monkeypatch.chdir(tmp_path)
@@ -125,9 +125,11 @@ def test_cifar10_refuses_arguments_before_it_trains_a_teacher(
         monkeypatch.setattr(sys, "argv", ["cifar10.py", "--sparsity", "90"])
         with pytest.raises(ValueError, match="sparsity=90"):
             module.main()
-        monkeypatch.setattr(sys, "argv", ["cifar10.py", "--rank", "paper"])
-        with pytest.raises(SystemExit):
-            module.main()
+        for wrong in (["--rank", "paper"], ["--epochs", "0"], ["--batch-size", "0"]):
+            monkeypatch.setattr(sys, "argv", ["cifar10.py", *wrong])
+            with pytest.raises(SystemExit):
+                module.main()
+            assert f"error: {' '.join(wrong)}: " in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -142,3 +144,14 @@ def test_cifar10_trains_a_teacher_itself(tmp_path: Path, images: Path) -> None:
     ranks = {row.name: row.rank for row in slimnets.summarize(loaded).rows if row.rank}
     assert ranks == {name: rank for name, rank in paper.items() if name in ranks}
     assert len(ranks) >= 15
+
+
+def test_the_zoo_refuses_a_glob_that_matches_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "networks.md"
+    monkeypatch.setattr(sys, "argv", ["zoo.py", "LSTM", "resnett*", "--markdown", str(page)])
+    with example("zoo") as module, pytest.raises(SystemExit):
+        module.main()
+    assert "'resnett*' matches no network; there are 'LSTM', " in capsys.readouterr().err
+    assert not page.exists()
