@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from timm.models.beit import Beit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import SwinTransformer
@@ -328,6 +329,12 @@ def test_a_weight_that_the_module_around_it_reads():
     reason = "ShiftedWindowAttention reads its weight"
     found = {row.name.rpartition(".")[2]: row.reason for row in plan(swin, {"*.attn.*": 4})}
     assert (found["qkv"], found["proj"]) == (reason, reason)
+    beit = Beit(img_size=32, embed_dim=16, depth=1, num_heads=2, num_classes=4)
+    found = {row.name: row.reason for row in plan(beit, {"blocks.*.attn.*": 4})}
+    assert found["blocks.0.attn.qkv"] == "Attention reads its weight"
+    assert not found["blocks.0.attn.proj"]
+    (_, out) = plan(nn.MultiheadAttention(16, 2), 4)
+    assert (out.name, out.reason) == ("out_proj", "MultiheadAttention reads its weight")
 
 
 def test_what_a_layer_has_besides_its_weight_would_be_lost():

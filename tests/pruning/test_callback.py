@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from slimnets import GradualPrune, LowRank
 from slimnets.pruning import linear, one_shot, random
 from tests.pruning.runs import LearningRate, expected, run
-from tests.support import CalledModule, Classifier, assert_equal, small_data, zeros
+from tests.support import CalledModule, Classifier, Save, assert_equal, small_data, zeros
 
 WEIGHTS = ["0.weight", "3.weight", "7.weight", "9.weight"]
 
@@ -180,14 +180,20 @@ def test_a_network_that_is_sparser_than_asked_keeps_its_zeros_and_says_so(make_t
 @pytest.mark.parametrize("average", [WeightAveraging, lambda: EMAWeightAveraging(decay=0.999)])
 @pytest.mark.parametrize("first", [True, False])
 def test_averaged_weights_are_as_sparse(make_trainer, tmp_path, average, first):
-    prune, average = GradualPrune(0.9, end=0.5), average()
+    prune, average = GradualPrune(0.9, end=0.9), average()
     callbacks = [average, prune] if first else [prune, average]
-    trainer = make_trainer(max_epochs=3, callbacks=callbacks)
+    trainer = make_trainer(max_epochs=3, callbacks=[*callbacks, Save(tmp_path)])
     module = Classifier()
     trainer.fit(module, small_data(), small_data(8))
     assert zeros(module) == expected(module, 0.9)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    Classifier().load_state_dict(torch.load(tmp_path / "x.ckpt")["state_dict"])
+    paths = [tmp_path / f"{step}.ckpt" for step in (6, 12, 18)]
+    for checkpoint in (torch.load(path) for path in paths):
+        averaged, live = Classifier(), Classifier()
+        averaged.load_state_dict(checkpoint["state_dict"])
+        live.load_state_dict(checkpoint["current_model_state"])
+        assert zeros(averaged) == zeros(live)
+        assert not torch.equal(averaged.network[0].weight, live.network[0].weight)
+    assert zeros(averaged) == expected(module, 0.9)
 
 
 def test_checkpoints_hold_sparse_averages_while_training(make_trainer, tmp_path):
