@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
@@ -424,18 +424,21 @@ def test_the_progress_bar_and_the_logger_see_the_sparsity(make_trainer, tmp_path
 
 
 def test_two_callbacks_log_one_target(make_trainer, tmp_path):
-    first, second = GradualPrune({"network.0": 0.5}), GradualPrune({"network.3": 0.9})
-    logger = CSVLogger(tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first, second = GradualPrune({"network.0": 0.5}), GradualPrune({"network.3": 0.9}, every=2)
+    logger = TensorBoardLogger(tmp_path)
     options = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 1}
     module = Classifier()
     make_trainer(callbacks=[first, second], **options).fit(module, small_data(), small_data(8))
-    with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["sparsity/target"]]
-    by_step = {row["step"]: row["sparsity/target"] for row in rows}
-    assert {(row["step"], row["sparsity/target"]) for row in rows} == {*by_step.items()}
+    events = EventAccumulator(logger.log_dir).Reload()
+    names = ["sparsity", "sparsity/target", "sparsity/network.0.weight"]
+    for name in (*names, "sparsity/network.3.weight", "threshold/network.3.weight"):
+        steps = [event.step for event in events.Scalars(name)]
+        assert len(steps) == len(set(steps)) > 4, name  # no step is written twice
     sizes = [module.network[i].weight.numel() for i in (0, 3)]
     expected = (0.5 * sizes[0] + 0.9 * sizes[1]) / sum(sizes)
-    assert float(rows[-1]["sparsity/target"]) == pytest.approx(expected)
+    assert events.Scalars("sparsity/target")[-1].value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

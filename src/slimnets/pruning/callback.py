@@ -224,7 +224,7 @@ class GradualPrune(L.Callback):
         """Count what the gradient scaler has skipped, prune what has waited for it, and log."""
         if self._run:
             self._run.after_batch(trainer, pl_module)
-            self._log(self._run, trainer, pl_module)
+            self._log(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune what the module has written since the last step, before a checkpoint keeps it."""
@@ -355,16 +355,17 @@ class GradualPrune(L.Callback):
         if self._run:
             self._run.clock.stop()
 
-    def _log(self, run: Run, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.barebones:
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        runs = [*self._runs(trainer).values()]
+        # the last speaks for all, once, when each of them has seen the batch
+        if trainer.barebones or runs[-1] is not self._run:
             return
-        runs = self._runs(trainer)
-        if next(iter(runs)) is self:
-            zeros = overall([one.pruner for one in runs.values()])
-            pl_module.log("sparsity", zeros, prog_bar=True, on_step=True)
-        if not (run.has_news and run.has_pruned):
+        zeros = overall([run.pruner for run in runs])
+        pl_module.log("sparsity", zeros, prog_bar=True, on_step=True)
+        if not (news := [run for run in runs if run.has_news and run.has_pruned]):
             return
-        run.has_news = False
-        figures = scalars(run.pruner, {one.pruner: one.due() for one in runs.values()})
+        for run in news:
+            run.has_news = False
+        figures = scalars([run.pruner for run in news], {run.pruner: run.due() for run in runs})
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=logged_step(trainer))

@@ -13,18 +13,26 @@ from slimnets.pruning.weights import Sparsity, left_unasked
 from slimnets.selectors import Selector
 
 
-def scalars(pruner: Pruner, due: Mapping[Pruner, Mapping[str, float]]) -> dict[str, float]:
-    """The sparsity that is due over the weights of all, and each of its own with its threshold."""
+def scalars(
+    pruners: Sequence[Pruner], due: Mapping[Pruner, Mapping[str, float]]
+) -> dict[str, float]:
+    """The sparsity that is due over the weights of all, and what each of ``pruners`` has.
+
+    Args:
+        pruners: Those whose weights' sparsities and thresholds are asked for.
+        due: All of them, and the shares of zeros that their weights should have by now.
+    """
     zeros = sum(
         share * one.parameters[name].numel()
         for one, shares in due.items()
         for name, share in shares.items()
     )
-    target = zeros / sum(one.total for one in due)
-    sizes = {name: weights.numel() for name, weights in pruner.parameters.items()}
-    own = {f"sparsity/{name}": n / sizes[name] for name, n in pruner.counts.items()}
-    thresholds = {f"threshold/{name}": value for name, value in pruner.thresholds.items()}
-    return {"sparsity/target": target, **own, **thresholds}
+    figures = {"sparsity/target": zeros / sum(one.total for one in due)}
+    for pruner in pruners:
+        sizes = {name: weights.numel() for name, weights in pruner.parameters.items()}
+        figures |= {f"sparsity/{name}": n / sizes[name] for name, n in pruner.counts.items()}
+        figures |= {f"threshold/{name}": value for name, value in pruner.thresholds.items()}
+    return figures
 
 
 def overall(pruners: Sequence[Pruner]) -> Tensor:
