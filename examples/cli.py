@@ -34,4 +34,6 @@ if __name__ == "__main__":
         L.LightningDataModule,
         subclass_mode_data=True,
         seed_everything_default=0,
+        # its --optimizer would be made before LowRank replaces the layers
+        auto_configure_optimizers=False,
     )

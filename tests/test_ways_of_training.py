@@ -471,3 +471,24 @@ def test_everything_from_the_command_line(configuration, tmp_path, monkeypatch):
     ).keys()
     assert zeros(resumed.model.student) == zeros(student)
     assert isinstance(resumed.trainer.checkpoint_callback, ModelCheckpoint)
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden")
+@pytest.mark.parametrize("at", [None, 3])
+def test_the_optimizer_of_the_command_line_is_there_before_the_pairs(
+    configuration, tmp_path, monkeypatch, at
+):
+    whole = yaml.safe_load(configuration.read_text())
+    whole["trainer"]["callbacks"][1]["init_args"]["at"] = at
+    configuration.write_text(yaml.safe_dump(whole, sort_keys=False))
+    folder = tmp_path / "fit"
+    arguments = ["fit", f"--config={configuration}", f"--trainer.default_root_dir={folder}"]
+    arguments += ["--optimizer=SGD", "--optimizer.lr=0.1"]
+    monkeypatch.setattr(sys, "argv", ["train"])
+
+    if at is None:
+        with pytest.raises(ValueError, match=r"SGD would go on .* LightningCLI makes that of"):
+            LightningCLI(DistillationModule, Data, args=arguments)
+    else:
+        cli = LightningCLI(DistillationModule, Data, args=arguments)
+        assert ranks(cli.model.student) == {"layers.1": 4, "layers.3": 2}

@@ -118,7 +118,8 @@ def refuse_stale(
         raise ValueError(
             f"LowRank has replaced {', '.join(sorted({gone[p] for p in found}))}, but "
             f"{held[found.pop()]} would go on with the weights before: make optimizers and "
-            "lists of parameters in configure_optimizers, not earlier"
+            "lists of parameters in configure_optimizers, not earlier, as LightningCLI makes that "
+            "of --optimizer"
         )
     new = [
         name
