@@ -84,7 +84,7 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 def test_a_folder_in_the_place_of_the_file_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "file").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(IsADirectoryError, match=r"path='.*file' is a folder: give the file in it"):
         write(tmp_path / "file", b"new")
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 

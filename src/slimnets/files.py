@@ -16,8 +16,11 @@ def target_of(path: PathLike) -> Path:
 
     Raises:
         FileNotFoundError: If there is no such folder.
+        IsADirectoryError: If it is a folder itself.
     """
     target = Path(path).resolve()
+    if target.is_dir():
+        raise IsADirectoryError(f"path={os.fspath(path)!r} is a folder: give the file in it")
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"path={os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}; make it "
