@@ -91,6 +91,7 @@ def arguments() -> argparse.Namespace:
     add("--epochs", type=int, default=30)
     add("--sparsity", type=float, default=0.9, help="share of zeros at the end; 0 for no pruning")
     add("--rank", type=rank, help="a number, a fraction of the full rank, or 'paper' for vgg19")
+    add("--budget", type=float, help="in place of --rank: the share of their weights that is left")
     add("--held-out", type=int, default=5000, help="training images to validate on instead")
     add("--batch-size", type=int, default=128)
     add("--learning-rate", type=float, default=0.01)
@@ -111,8 +112,8 @@ def main() -> None:
     methods: list[L.Callback] = []  # made at once: they refuse arguments, and a teacher takes long
     if args.sparsity:
         methods.append(GradualPrune(args.sparsity))
-    if args.rank is not None:
-        methods.append(LowRank(r=args.rank))
+    if args.rank is not None or args.budget is not None:
+        methods.append(LowRank(args.rank, budget=args.budget))
     L.seed_everything(0)
     data = CIFAR10(args.data_dir, args.batch_size, args.held_out)
     epochs = 1 if args.fast else args.epochs

@@ -125,6 +125,9 @@ def test_cifar10_refuses_arguments_before_it_trains_a_teacher(
         monkeypatch.setattr(sys, "argv", ["cifar10.py", "--sparsity", "90"])
         with pytest.raises(ValueError, match="sparsity=90"):
             module.main()
+        monkeypatch.setattr(sys, "argv", ["cifar10.py", "--rank", "4", "--budget", "0.2"])
+        with pytest.raises(ValueError, match=r"r=4, energy=None, budget=0\.2: give exactly one"):
+            module.main()
         for wrong in (["--rank", "paper"], ["--epochs", "0"], ["--batch-size", "0"]):
             monkeypatch.setattr(sys, "argv", ["cifar10.py", *wrong])
             with pytest.raises(SystemExit):
