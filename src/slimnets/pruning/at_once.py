@@ -41,7 +41,7 @@ def prune(
             which the first that matches wins.
         criterion: Parameter to scores of its shape; the lowest are pruned.
         scope: ``"layer"`` for the same sparsity in every layer, ``"global"`` for the lowest scores
-            of the whole network.
+            of the whole network, which ``lamp`` makes comparable.
         exclude: Layers to leave alone: globs, types, with what is within them, or predicates of
             (name, layer).
 

@@ -81,7 +81,7 @@ class GradualPrune(L.Callback):
         criterion: From a parameter to scores of its shape, the lowest of which are pruned:
             ``magnitude``, ``lamp``, ``random`` or any callable.
         scope: ``"layer"``, the same sparsity in every layer; or ``"global"``, the lowest scores of
-            the whole network.
+            the whole network, which ``lamp`` makes comparable.
         exclude: Layers to leave alone: globs over names, types, with what is within them, or
             predicates of (name, layer); in YAML, globs. Globs and predicates go on choosing a layer
             that ``LowRank`` replaces; a type of layer that is a class of your own does not, for the

@@ -216,7 +216,8 @@ def warn_of_empty(names: Sequence[str]) -> None:
     if names:
         rank_zero_warn(
             f"pruning leaves nothing of {', '.join(map(repr, names))}, and the network may become "
-            "constant: exclude such layers, or give a mapping of globs as sparsity"
+            "constant: exclude such layers, give a mapping of globs as sparsity, or with "
+            "scope='global' criterion=slimnets.pruning.lamp, which empties none"
         )
 
 
