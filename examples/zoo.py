@@ -117,9 +117,6 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the tables to this file too")
     parser.add_argument("--accelerate", action="store_true", help="slimnets.accelerate too")
     arguments = parser.parse_args()
-    logging.getLogger("slimnets").setLevel(logging.ERROR)  # what is left dense is in the table
-    warnings.simplefilter("ignore")  # the networks' own
-
     known = networks()
     for glob in arguments.names:
         if not any(fnmatchcase(name, glob) for name in known):
@@ -129,6 +126,8 @@ def main() -> None:
         for name, network in known.items()
         if any(fnmatchcase(name, glob) for glob in arguments.names)
     }
+    logging.getLogger("slimnets").setLevel(logging.ERROR)  # what is left dense is in the table
+    warnings.simplefilter("ignore")  # the networks' own
     outcomes: dict[str, Outcome] = {}
     for name, network in track(chosen.items(), "networks", transient=True):
         try:
