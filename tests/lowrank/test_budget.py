@@ -119,6 +119,16 @@ def test_a_second_time_it_changes_nothing():
     assert dict(second.named_modules()) == layers
 
 
+def test_a_layer_beside_pairs_that_have_used_up_the_budget_is_left():
+    net = factorize(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), budget=0.25)
+    net.append(nn.Linear(64, 16))
+    assert plan(net, budget=0.3).ranks == {"2": 6}  # of 80 weights each
+    found = plan(net, budget=0.1)
+    assert not found.ranks
+    assert found.rows[1].reason.startswith("the pairs that are there have used up the budget")
+    assert isinstance(factorize(net, budget=0.1)[2], nn.Linear)
+
+
 def test_excluded_layers_are_not_counted():
     net = network()
     found = plan(net, budget=0.2, exclude="2")

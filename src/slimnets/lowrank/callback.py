@@ -76,8 +76,9 @@ class LowRank(L.Callback):
     Raises:
         TypeError: If an argument is of a wrong type.
         ValueError: If one is out of range; in ``setup``, if a glob matches nothing, a weight is
-            not finite, or there is no layer yet; in ``on_train_start``, if the run ends before
-            ``at``, an optimizer was made before ``setup``, or ``at`` stands beside LBFGS.
+            not finite, the budget is too small for any pairs, or there is no layer yet; in
+            ``on_train_start``, if the run ends before ``at``, an optimizer was made before
+            ``setup``, or ``at`` stands beside LBFGS.
         NotImplementedError: In ``setup``, under a strategy that shards the weights, or one that
             spawns or forks its processes; with ``at``, under one of several processes, or beside a
             ``BaseFinetuning``.

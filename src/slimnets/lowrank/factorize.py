@@ -53,8 +53,8 @@ def factorize(
 
     Raises:
         TypeError: If an argument is of a wrong type.
-        ValueError: If one is out of range, a glob matches nothing, or a weight is not finite; the
-            model is unchanged.
+        ValueError: If one is out of range, a glob matches nothing, a weight is not finite, or the
+            budget is too small for any pairs; the model is unchanged.
 
     Examples:
         >>> net = factorize(nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()), r=8)

@@ -105,7 +105,8 @@ def plan(
 
     Raises:
         TypeError: If an argument is of a wrong type.
-        ValueError: If one is out of range, a glob matches nothing, or a weight is not finite.
+        ValueError: If one is out of range, a glob matches nothing, a weight is not finite, or the
+            budget is too small for any pairs.
 
     Examples:
         >>> rows = plan(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)), r=8).rows
@@ -143,6 +144,8 @@ def plan(
         }
     elif budget is not None:
         ranks = _ranks_within(budget, weights, pairs, decomposition)
+        spent = "the pairs that are there have used up the budget: slimnets.merge makes them dense"
+        reasons |= {name: spent for name in weights if name not in ranks}
     else:
         ranks = {name: _resolve(wanted[name], min(both)) for name, both in sides.items()}
         for name, pair in pairs.items():
@@ -218,16 +221,20 @@ def _ranks_within(
 ) -> dict[str, int]:
     """The ranks of layers with which they and ``pairs`` have that share of their dense weights.
 
+    Empty if they have more with the least ranks, since the pairs were made with another budget.
+
     Raises:
-        ValueError: If they have more with the least ranks.
+        ValueError: If there are no pairs, and they have more.
     """
     sides = {name: matrix_shape(weight.shape, decomposition) for name, weight in weights.items()}
     dense = sum(math.prod(both) for both in [*sides.values(), *map(_sides, pairs.values())])
     there, least = sum(map(_count, pairs.values())), least_weights(sides)
-    if weights and there + least > budget * dense:
+    if there + least > budget * dense:
+        if pairs:
+            return {}
         raise ValueError(
-            f"budget={budget!r}: even with pairs of rank 1 there are {(there + least) / dense:.2g} "
-            f"of {dense:,} weights; give more, or exclude small layers"
+            f"budget={budget!r}: even with pairs of rank 1 there are {least / dense:.2g} of "
+            f"{dense:,} weights; give more, or exclude small layers"
         )
     shares = {name: energies(as_matrix(weight, decomposition)) for name, weight in weights.items()}
     return ranks_for_budget(shares, sides, int(budget * dense) - there)
