@@ -306,7 +306,10 @@ TABLES: dict[str, list[Run]] = {
         Run(RESIDUAL, sparsity="tapered"),
         Run(RESIDUAL),
     ],
-    "combined-residual": combined(RESIDUAL, 0.3, 0.91, 0.8),
+    "combined-residual": [
+        *combined(RESIDUAL, 0.3, 0.91, 0.8),
+        *combined(RESIDUAL, None, 0.9, budget=0.5, scope="lamp"),
+    ],
     "combined-vgg19": [
         *combined("vgg19", "paper", 0.9, 0.95, 0.98, 0.99),
         *combined("vgg19", None, 0.75, 0.9, budget=0.1, scope="lamp"),
