@@ -1,10 +1,12 @@
 """Pictures of what the runs gave, with the paper's figures in them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from figures import Results, effort, has_form, mean
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from runs import (
     BUDGETS,
     COMBINED,
@@ -76,7 +78,8 @@ def plot_bytes(results: Results, path: Path) -> int:
         best = results.of(run)
         point = (best[0]["files"]["int6"]["bytes"], results.relative(best, "int6"))
         axes.annotate(run.network, point, **NEAR)
-    axes.set(xscale="log", xlabel="bytes (the paper's: of the non-zero weights)")
+    axes.set(xlabel="bytes (the paper's: of the non-zero weights)")
+    _in_bytes(axes, labels=(1,))
     axes.set(ylabel=LABEL, ylim=(LEAST, None))
     axes.margins(x=0.1)
     axes.legend(loc="upper left")
@@ -101,9 +104,17 @@ def plot_lines(path: Path, label: str, lines: Lines, log: bool) -> None:
             axes.plot(*zip(*points, strict=True), style, label=name)
     axes.set(xlabel=label, ylabel=LABEL)
     if log:
-        axes.set_xscale("log")
+        _in_bytes(axes, labels=(1, 2, 3, 5))  # a decade or two
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def _in_bytes(axes: Any, labels: Sequence[int]) -> None:
+    """A logarithmic axis with these multiples of each power of ten written out."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=labels))
+    axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def gradual_curves(network: Run) -> dict[str, list[tuple[Any, Run]]]:
