@@ -4,7 +4,7 @@ Adds nothing to the library: a run is a Trainer with callbacks, as in ``examples
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 Decomposition = Literal["spatial", "channel"]
 Scope = Literal["layer", "global", "lamp"]
@@ -242,19 +242,17 @@ def combined(
     if network == REFERENCE.network:
         alone = taught = REFERENCE
     first, *others = sparsities
-    low_rank: dict[str, Any] = {"rank": rank, "budget": budget}
-
-    def zeros(share: float) -> dict[str, Any]:
-        return {"sparsity": share, "scope": scope}
-
+    pairs = Run(network, taught, rank=rank, budget=budget, distilled=True)
+    both = replace(pairs, sparsity=first, scope=scope)
+    zeros = replace(both, rank=None, budget=None)
     return [
-        Run(network, taught, **zeros(first), **low_rank, distilled=True),
-        Run(network, taught, **zeros(first), distilled=True),
-        Run(network, taught, **low_rank, distilled=True),
-        Run(network, alone, **zeros(first), **low_rank),
+        both,
+        zeros,
+        pairs,
+        replace(both, of=alone, distilled=False),
         Run(network, taught, distilled=True),  # trained for as long
-        *(Run(network, taught, **zeros(other), distilled=True) for other in others),
-        *(Run(network, taught, **zeros(other), **low_rank, distilled=True) for other in others),
+        *(replace(zeros, sparsity=other) for other in others),
+        *(replace(both, sparsity=other) for other in others),
     ]
 
 

@@ -68,6 +68,18 @@ def test_with_energy_the_ranks_are_those_of_the_checkpoint(make_trainer, tmp_pat
     run(make_trainer, classifier(seed=5), [LowRank(energy=0.8)], 2, tmp_path / "x.ckpt")
 
 
+def test_a_checkpoint_from_before_an_argument_was_there_is_resumed_without_a_warning(
+    make_trainer, tmp_path
+):
+    trainer = run(make_trainer, classifier(), [LowRank(2)], epochs=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=False)
+    (key,) = (one for one in checkpoint["callbacks"] if one.startswith("LowRank"))
+    del checkpoint["callbacks"][key]["arguments"]["budget"]
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    run(make_trainer, classifier(), [LowRank(2)], 2, tmp_path / "x.ckpt")
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("stage", ["test", "validate", "predict"])
 def test_a_checkpoint_of_weights_only_stays_loaded(make_trainer, tmp_path, stage, fails):

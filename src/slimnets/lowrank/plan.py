@@ -143,7 +143,7 @@ def plan(
             for name, weight in weights.items()
         }
     elif budget is not None:
-        ranks = _ranks_within(budget, weights, pairs, decomposition)
+        ranks = _ranks_within(budget, weights, sides, pairs, decomposition)
         spent = "the pairs that are there have used up the budget: slimnets.merge makes them dense"
         reasons |= {name: spent for name in weights if name not in ranks}
     else:
@@ -216,6 +216,7 @@ def _finite(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def _ranks_within(
     budget: float,
     weights: Mapping[str, Tensor],
+    sides: Mapping[str, tuple[int, int]],
     pairs: Mapping[str, LowRankPair],
     decomposition: Decomposition,
 ) -> dict[str, int]:
@@ -226,7 +227,6 @@ def _ranks_within(
     Raises:
         ValueError: If there are no pairs, and they have more.
     """
-    sides = {name: matrix_shape(weight.shape, decomposition) for name, weight in weights.items()}
     dense = sum(math.prod(both) for both in [*sides.values(), *map(_sides, pairs.values())])
     there, least = sum(map(_count, pairs.values())), least_weights(sides)
     if there + least > budget * dense:

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from slimnets.arguments import changed
 from slimnets.lowrank.decompose import matrix_shape_of_pair
 from slimnets.lowrank.modules import LowRankPair, pairs_of
 from slimnets.lowrank.plan import Plan
@@ -57,10 +58,12 @@ def warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any], is_done: 
         now: Those of the run that goes on from it.
         is_done: Whether layers have been replaced by then.
     """
+    if before and not changed(before, now):
+        return
     made = f"the checkpoint was made with {_call_of(before) if before else 'other callbacks'}"
-    if is_done and before != now:
+    if is_done:
         rank_zero_warn(f"{made} and keeps its structure; {_call_of(now)} is not applied")
-    elif before and before != now:
+    elif before:
         rank_zero_warn(f"{made}; going on with {_call_of(now)}")
 
 

@@ -6,6 +6,7 @@ is global.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -54,10 +55,15 @@ def lamp(parameter: nn.Parameter) -> Tensor:
     # time of a sort, and is the same on every device.
     bins = (weights.view(torch.int32) >> _LOWER_BITS).clamp(max=_BIN_OF_ONE)
     counts = bins.flatten().bincount(minlength=_BIN_OF_ONE + 1).cpu()
-    edges = (torch.arange(len(counts), dtype=torch.int32) << _LOWER_BITS).view(torch.float32)
-    left = (counts * edges.double().square()).flip(0).cumsum(0).flip(0)
+    left = (counts * _squares_of_bins()).flip(0).cumsum(0).flip(0)
     left = left.clamp(min=torch.finfo(torch.float32).tiny).float().to(weights.device)
     return weights.square() / left[bins]
+
+
+@cache  # of every layer the same
+def _squares_of_bins() -> Tensor:
+    bins = torch.arange(_BIN_OF_ONE + 1, dtype=torch.int32, device="cpu")
+    return (bins << _LOWER_BITS).view(torch.float32).double().square()
 
 
 def random(parameter: nn.Parameter) -> Tensor:
